@@ -172,52 +172,47 @@ def make_batch(crystals: list[Neighbours], cutoff: float, dtype=torch.float32) -
 
 # ─── §2 Radial functions ───────────────────────────────────────────────────────────────────────────────────────────────
 
-def envelope(x: Tensor) -> Tensor:
-    """Smooth cutoff u(x), x = r / r_cut: 1 at 0; value, slope and curvature 0 at 1 and beyond. Shape kept.
-
-    u = (1 − x)³ (1 + 3x + 6x² + 10x³ + 15x⁴ + 21x⁵), the polynomial 1 − 28x⁶ + 48x⁷ − 21x⁸ factored, so that it is
-    exactly zero, not nearly, where two atoms lose sight of each other.
-    """
-    return relu(1 - x) ** 3 * (1 + x * (3 + x * (6 + x * (10 + x * (15 + x * 21)))))
-
-
 class RadialSplines(nn.Module):
-    """`count` learned functions of the distance, each a uniform cubic B-spline times the cutoff. [F §3.1], [D]
+    """`count` learned functions of the distance, each a uniform cubic B-spline. [F §3.1], [D]
 
-        φ_b(r) = u(r/r_cut) Σ_k  coefficients[k, b] · N((r − first_knot)/h − k),     k = −1 … R−2
+        φ_b(r) = Σ_k coefficients[k, b] · N(t − k),     t = (r − first_knot)/h,   k = −1 … R−2
 
-    N is the cubic B-spline centred on 0. A spline is a look-up table with two continuous derivatives: at any r four
-    entries count. It is linear in its coefficients, which §5 exploits, and it can imitate any function: see `fit`.
-    Below first_knot the splines run out smoothly, so φ is finite down to r = 0 whatever the first knot.
+    N is the cubic B-spline centred on 0: four cubic pieces on [−2, 2] that join with two continuous derivatives. A spline
+    is a look-up table with smooth interpolation: at any r four entries count. The last N ends at the cutoff, so value,
+    slope and curvature of φ vanish there and it is exactly zero beyond: no cutoff function is needed. Below first_knot the
+    splines run out in the same way, so φ is smooth and finite down to r = 0.
+    φ is linear in its coefficients: it can be made to imitate any function by least squares (see `fit`).
     """
 
     def __init__(self, count: int, config: Config):
         super().__init__()
         self.cutoff, self.first = config.cutoff, config.first_knot
-        self.spacing = (config.cutoff - config.first_knot) / (config.splines - 3)  # h, Å
+        self.spacing = (config.cutoff - config.first_knot) / config.splines  # h, Å
+        pieces = torch.tensor([[1, -3, 3, -1], [4, 0, -6, 3], [1, 3, 3, -3], [0, 0, 0, 1]], dtype=torch.float64) / 6
+        self.register_buffer("pieces", pieces.T.contiguous(), persistent=False)  # [power, piece]
         self.coefficients = nn.Parameter(torch.zeros(config.splines, count, dtype=torch.float64))  # [R, count]
-        frequencies = torch.arange(count) % config.functions + 1  # each layer starts with the same B functions
+        frequencies = torch.arange(count) // (config.degree + 1) % config.functions + 1  # each layer starts the same
         self.fit(lambda r: self.sine_bessel(r, frequencies))
 
-    def sine_bessel(self, r: Tensor, frequencies: Tensor) -> Tensor:
-        """sin(nπ r/r_cut)/r · u(r/r_cut), of mean square 1 in the ball of radius r_cut; r [...] → [..., count]."""
+    def sine_bessel(self, r: Tensor, n: Tensor) -> Tensor:
+        """sin(nπ r/r_cut)/r · (1 − x⁶ …), of mean square 1 in the ball of radius r_cut; r [...], n [count] → [..., count]."""
         def raw(r):
-            return envelope(r[..., None] / self.cutoff) * frequencies * torch.sinc(frequencies * r[..., None] / self.cutoff)
+            x = r[..., None] / self.cutoff
+            return n * torch.sinc(n * x) * relu(1 - x) ** 3 * (1 + x * (3 + x * (6 + x * (10 + x * (15 + x * 21)))))
         x = torch.linspace(0, self.cutoff, 513, dtype=r.dtype)  # [513]
         mean_square = (x[:, None] ** 2 * raw(x) ** 2).sum(0) / (x ** 2).sum()  # [count]
         return raw(r) / mean_square.sqrt()
 
     def basis(self, r: Tensor) -> Tensor:
-        """The R B-splines at r, cutoff included: r [...] Å → [..., R]."""
+        """The R B-splines at r [...] Å → [..., R]."""
         R = self.coefficients.shape[0]
-        t = ((r - self.first) / self.spacing).clamp(-3, R)  # [...] in units of the spacing
+        t = ((r - self.first) / self.spacing).clamp(-3, R)  # [...]
         k = t.detach().floor()  # [...]
         x = t - k  # [...] in [0, 1)
-        four = torch.stack([(1 - x) ** 3, 4 - 6 * x ** 2 + 3 * x ** 3,
-                            1 + 3 * x + 3 * x ** 2 - 3 * x ** 3, x ** 3], -1) / 6  # [..., 4] the only non-zero ones
-        at = k.long()[..., None] + torch.arange(3, 7, device=r.device)  # [..., 4] column, 3 to the right
-        wide = four.new_zeros(*r.shape, R + 7).scatter(-1, at, four)  # [..., R+7] margins catch what lies outside
-        return wide[..., 3:R + 3] * envelope(r / self.cutoff)[..., None]  # [..., R]
+        four = torch.stack([torch.ones_like(x), x, x * x, x * x * x], -1) @ self.pieces.to(r)  # [..., 4] the non-zero ones
+        column = k.long()[..., None] + torch.arange(3, 7, device=r.device)  # [..., 4], 3 to the right
+        wide = four.new_zeros(*r.shape, R + 7).scatter(-1, column, four)  # [..., R+7] margins catch what lies outside
+        return wide[..., 3:R + 3]  # [..., R]
 
     def forward(self, r: Tensor) -> Tensor:
         """r [...] Å → [..., count]."""
@@ -231,8 +226,8 @@ class RadialSplines(nn.Module):
         as in a uniform medium. Returns the root mean square error of each function, [count].
         """
         if distances is None:
-            line = torch.linspace(self.first, self.cutoff, 1024, dtype=torch.float64)
-            r, weight = line, line / self.cutoff  # √ of the shell's volume
+            r = torch.linspace(self.first, self.cutoff, 1024, dtype=torch.float64)
+            weight = r / self.cutoff  # √ of the shell's volume
         else:
             r = distances.double()
             weight = torch.ones_like(r)
@@ -313,66 +308,105 @@ def paths(l_in: int, l_out: int, L: int) -> list[tuple[int, int, int]]:
 
 # ─── §5 Density: sum over neighbours first ─────────────────────────────────────────────────────────────────────────────
 
+def chunks(index: Tensor, width: int):
+    """Slices of the rows of index [A, K] such that a chunk of neighbours [rows, K, width] stays in the processor's cache."""
+    rows = max(1, (2 ** 26 if index.is_cuda else 2 ** 17) // max(1, index.shape[1] * width))
+    return [slice(i, i + rows) for i in range(0, len(index), rows)]
+
+
+class NeighbourSum(torch.autograd.Function):
+    """D[a, m, x] = Σ_k edge[a, m, k] h[index[a, k], x]: what the neighbours hold, weighted by where they are.
+
+    The scalar Σ edge·h[index]·D is linear in edge, in h and in D; the gradient with respect to one is a product of the
+    other two. So three functions are one another's derivatives, to any order, and no neighbour's features are ever stored.
+    """
+
+    @staticmethod
+    def forward(ctx, edge, h, index):  # [A, M, K], [A', X], [A, K] → [A, M, X]
+        ctx.save_for_backward(edge, h, index)
+        D = edge.new_empty(*edge.shape[:2], h.shape[1])
+        for i in chunks(index, h.shape[1]):
+            torch.bmm(edge[i], gather(h, index[i]), out=D[i])
+        return D
+
+    @staticmethod
+    def backward(ctx, D):
+        edge, h, index = ctx.saved_tensors
+        return NeighbourDot.apply(D, h, index), NeighbourSpread.apply(D, edge, index, len(h)), None
+
+
+class NeighbourDot(torch.autograd.Function):
+    """edge[a, m, k] = Σ_x D[a, m, x] h[index[a, k], x]."""
+
+    @staticmethod
+    def forward(ctx, D, h, index):  # [A, M, X], [A', X], [A, K] → [A, M, K]
+        ctx.save_for_backward(D, h, index)
+        edge = D.new_empty(*D.shape[:2], index.shape[1])
+        for i in chunks(index, h.shape[1]):
+            torch.bmm(D[i], gather(h, index[i]).mT, out=edge[i])
+        return edge
+
+    @staticmethod
+    def backward(ctx, edge):
+        D, h, index = ctx.saved_tensors
+        return NeighbourSum.apply(edge, h, index), NeighbourSpread.apply(D, edge, index, len(h)), None
+
+
+class NeighbourSpread(torch.autograd.Function):
+    """h[x'] = Σ over all a, k with index[a, k] = x' of Σ_m D[a, m, x] edge[a, m, k]."""
+
+    @staticmethod
+    def forward(ctx, D, edge, index, rows):  # [A, M, X], [A, M, K], [A, K] → [A', X]
+        ctx.save_for_backward(D, edge, index)
+        h = D.new_zeros(rows, D.shape[2])
+        for i in chunks(index, h.shape[1]):
+            h.index_add_(0, index[i].flatten(), torch.bmm(edge[i].mT, D[i]).flatten(0, 1))
+        return h
+
+    @staticmethod
+    def backward(ctx, h):
+        D, edge, index = ctx.saved_tensors
+        return NeighbourSum.apply(edge, h, index), NeighbourDot.apply(D, h, index), None, None
+
+
+def gather(h: Tensor, index: Tensor) -> Tensor:
+    return h.index_select(0, index.flatten()).view(*index.shape, -1)  # [A, K, X]
+
+
 class Density(nn.Module):
-    """What the neighbours send: for each path p = (l1, l2, l3) and channel c. [F §3.2]
-
-        A[i,p,m3,c] = Σ_j Σ_b w[p,b,c] φ_b(r_ij) Σ_m1,m2 G[m1,m2,m3] Y_l2m2(r̂_ij) h[j,l1m1,c] / √mean_neighbours
-
-    Read as written, this makes a tensor of edges × paths × channels. But φ_b is a fixed function as far as w is concerned,
-    and G and w do not depend on j, so the sum over neighbours can go first:
-
-        D[i,b,m2,m1,c] = Σ_j (φ_b Y_l2m2)(r_ij) h[j,l1m1,c]      one batched matrix product, K neighbours summed away
-        A[i,p,m3,c]    = Σ_b w[p,b,c] Σ_m1,m2 G[m1,m2,m3] D      once per atom, not once per edge
-
-    A network whose radial functions are MLPs cannot do this: there w would depend on the edge. D is made in one block per
-    pair (l1, l2), and only for pairs that some path uses: the coupling is 4 % full, its blocks are dense.
+    """TODO doc
     """
 
     def __init__(self, l_in: int, l_out: int, config: Config):
         super().__init__()
-        self.paths = paths(l_in, l_out, config.degree)  # sorted by l3
+        self.paths = sorted(paths(l_in, l_out, config.degree), key=lambda path: path[2])
         self.counts = [sum(l3 == l for *_, l3 in self.paths) for l in range(l_out + 1)]  # Q_l
-        pairs = sorted({path[:2] for path in self.paths})
-        # a layer that gives scalars only needs l1 = l2: one small product each instead of one large one, mostly unused
-        self.blocks = [pairs] if l_out else [[pair] for pair in pairs]
-        for i, block in enumerate(self.blocks):
-            G, pair_of_row = self.tables(block)
-            self.register_buffer(f"G{i}", G, persistent=False)
-            self.register_buffer(f"pair{i}", pair_of_row, persistent=False)
-        self.w = nn.ParameterList(randn(config.functions, len(block), config.channels) for block in self.blocks)  # [B, pairs, C]
-        self.scale = 1 / sqrt(config.functions * config.mean_neighbours)
+        self.scale = 1 / sqrt(config.mean_neighbours)
+        G = torch.zeros(len(self.paths), 2 * l_out + 1, (config.degree + 1) ** 2, (l_in + 1) ** 2, dtype=torch.float64)
+        for q, (l1, l2, l3) in enumerate(self.paths):
+            G[q, :2 * l3 + 1, degree(l2), degree(l1)] = gaunt(l1, l2, l3).permute(2, 1, 0)  # [m3, m2, m1]
+        rows = [(q, m3) for l in range(l_out + 1) for m3 in range(2 * l + 1) for q, (*_, l3) in enumerate(self.paths) if l3 == l]
+        G = torch.stack([G[q, m3] for q, m3 in rows])  # [rows, M, M1]
+        self.register_buffer("G", G.flatten(1), persistent=False)
+        self.register_buffer("degree_of_row", torch.tensor([l for l in range(config.degree + 1) for _ in range(2 * l + 1)]), persistent=False)
 
-    def tables(self, block: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        """Coupling of a block of pairs (l1, l2), [Σ_l3 (2·l3+1) Q_l3, m2 m1], and the pair that each (m2, m1) belongs to."""
-        lm1 = [(l, m) for l in sorted({l1 for l1, _ in block}) for m in range(2 * l + 1)]
-        lm2 = [(l, m) for l in sorted({l2 for _, l2 in block}) for m in range(2 * l + 1)]
-        here = [p for p in self.paths if p[:2] in block]
-        out = sorted((l3, m3, l1, l2) for l1, l2, l3 in here for m3 in range(2 * l3 + 1))
-        G = {p: gaunt(*p) for p in here}
-        table = [[[G[l1, l2, l3][m1, m2, m3] if (l1, l2) == (k1, k2) else 0. for k1, m1 in lm1] for k2, m2 in lm2]
-                 for l3, m3, l1, l2 in out]
-        return torch.tensor(table, dtype=torch.float64).flatten(1), torch.tensor([block.index((l1, l2)) for l2, _ in lm2 for l1, _ in lm1])
-
-    def forward(self, h: Tensor, src: Tensor, phi: Tensor, Y: Tensor) -> list[Tensor]:
-        """h [N, (l_in+1)², C], src [N, K], phi [N, B, K], Y [N, M, K] → for each l3 a tensor [N·(2·l3+1), Q_l3·C]."""
-        (N, K), B, C = src.shape, phi.shape[1], h.shape[-1]
-        A = []
-        for i, block in enumerate(self.blocks):
-            rows1, rows2 = span(l1 for l1, _ in block), span(l2 for _, l2 in block)
-            edge = (phi[:, :, None] * Y[:, None, rows2]).flatten(1, 2)  # [N, B m2, K]
-            seen = h[:, rows1].reshape(N, -1).index_select(0, src.flatten()).view(N, K, -1)  # [N, K, m1 C]
-            D = (edge @ seen).view(N, B, -1, C)  # [N, B, m2 m1, C]
-            w = (self.w[i] * self.scale).index_select(1, getattr(self, f"pair{i}"))  # [B, m2 m1, C]
-            A.append(getattr(self, f"G{i}") @ (D * w).sum(1))  # [N, l3 m3 Q, C]
-        A = torch.cat(A, 1).split([(2 * l + 1) * Q for l, Q in enumerate(self.counts)], 1)
+    def forward(self, h: Tensor, index: Tensor, phi: Tensor, Y: Tensor) -> list[Tensor]:
+        """h [N, (l_in+1)², C], src [N, K], phi [N, B (L+1), K], Y [N, M, K] → for each l3 a tensor [N·(2·l3+1), Q_l3·C]."""
+        (NB, K), (N, M1, C), M = index.shape, h.shape, Y.shape[1]
+        B = NB // N
+        phi = phi.view(N, B, -1, K).index_select(2, self.degree_of_row)  # [N, B, M, K]
+        edge = (phi * (self.scale * Y)[:, None]).flatten(0, 1)  # [NB, M, K]
+        h = h.reshape(N, M1, B, -1).transpose(1, 2).reshape(NB, -1)  # [NB, m1 c]
+        D = NeighbourSum.apply(edge, h, index).view(N, B, M * M1, -1).transpose(1, 2).reshape(N, M * M1, C)  # [N, m2 m1, C]
+        A = (self.G @ D).split([(2 * l + 1) * Q for l, Q in enumerate(self.counts)], 1)  # [N, l3 m3 Q, C]
         return [a.reshape(-1, Q * C) for a, Q in zip(A, self.counts)]
 
 
 # ─── §6 Mixing and skip connection ─────────────────────────────────────────────────────────────────────────────────────
 
-def randn(*shape: int) -> nn.Parameter:
-    """Unit-variance weights. Each use divides by √fan-in, so that one learning rate suits every layer and width."""
-    return nn.Parameter(torch.randn(*shape, dtype=torch.float64))
+def randn(*shape: int, fan_in: int = 1) -> nn.Parameter:
+    """Random weights of variance 1/fan_in: inputs of unit variance give outputs of unit variance."""
+    return nn.Parameter(torch.randn(*shape, dtype=torch.float64) / sqrt(fan_in))
 
 
 class Mix(nn.Module):
@@ -380,23 +414,23 @@ class Mix(nn.Module):
 
     def __init__(self, L: int, fan_in: int, fan_out: int):
         super().__init__()
-        self.W = randn(L + 1, fan_in, fan_out)  # [L+1, C, fan_out]
+        self.W = randn(L + 1, fan_in, fan_out, fan_in=fan_in)  # [L+1, C, fan_out]
         self.register_buffer("degree_of_row", torch.tensor([l for l in range(L + 1) for _ in range(2 * l + 1)]), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, (L+1)², fan_in] → [N, (L+1)², fan_out]."""
-        W = (self.W / sqrt(self.W.shape[1])).index_select(0, self.degree_of_row)
+        W = self.W.index_select(0, self.degree_of_row)
         return torch.bmm(x.transpose(0, 1), W).transpose(0, 1)
 
 
 class MixPaths(nn.Module):
     def __init__(self, fan_in: list[int], fan_out: int):
         super().__init__()
-        self.W = nn.ParameterList(randn(n, fan_out) for n in fan_in)  # one per degree
+        self.W = nn.ParameterList(randn(n, fan_out, fan_in=n) for n in fan_in)  # one per degree
 
     def forward(self, x: list[Tensor], N) -> Tensor:
         """A list over degrees of [N, 2l+1, fan_in] → [N, (l_out+1)², fan_out]."""
-        return torch.cat([(x_l @ (W / sqrt(len(W)))).view(N, -1, W.shape[1]) for x_l, W in zip(x, self.W)], 1)
+        return torch.cat([(x_l @ W).view(N, -1, W.shape[1]) for x_l, W in zip(x, self.W)], 1)
 
 
 class Skip(nn.Module):
@@ -436,13 +470,13 @@ class GridLayer(nn.Module):
         variance = torch.einsum("p,pm,pa,pb->mab", weights, Y, Y, Y).square().sum((1, 2))  # [M] of a product of two inputs
         self.register_buffer("from_grid", (weights[:, None] * Y / variance.sqrt()).T.contiguous(), persistent=False)  # [M, P]
         self.W12, self.W3 = Mix(L, C, 2 * C), Mix(L, C, C)
-        self.Ws, self.b = randn(C, C), nn.Parameter(torch.zeros(C, dtype=torch.float64))
+        self.Ws, self.b = randn(C, C, fan_in=C), nn.Parameter(torch.zeros(C, dtype=torch.float64))
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, M, C] → [N, M, C]."""
         g1, g2 = torch.tensordot(self.to_grid, self.W12(x), ([1], [1])).chunk(2, -1)  # [P, N, C]
         product = torch.tensordot(self.from_grid, g1 * g2, ([1], [0])).transpose(0, 1)  # [N, M, C]
-        s = x[:, 0] @ (self.Ws / sqrt(len(self.Ws))) + self.b  # [N, C]
+        s = torch.addmm(self.b, x[:, 0], self.Ws)  # [N, C]
         f = product * torch.sigmoid(s)[:, None]  # [N, M, C]
         f = torch.cat([f[:, :1] + silu(s)[:, None], f[:, 1:]], 1)  # [N, M, C]
         return x + self.W3(f)
@@ -460,8 +494,8 @@ class Layer(nn.Module):
         self.skip = Skip(l_in, l_out, config)
         self.grid = GridLayer(l_out, config)
 
-    def forward(self, h, species, src, phi, Y):
-        message = self.mix(self.density(h, src, phi, Y), len(h))  # [N, (l_out+1)², C]
+    def forward(self, h, species, index, phi, Y):
+        message = self.mix(self.density(h, index, phi, Y), len(h))  # [N, (l_out+1)², C]
         own = self.skip(h, species)  # [N, ≤ (l_out+1)², C]
         missing = message.shape[1] - own.shape[1]
         return self.grid((message + nn.functional.pad(own, (0, 0, 0, missing))) / sqrt(2))
@@ -473,11 +507,11 @@ class Facet(nn.Module):
     def __init__(self, config: Config, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.config, T = config, config.layers
-        self.splines = RadialSplines(T * config.functions, config)
+        self.splines = RadialSplines(T * config.functions * (config.degree + 1), config)
         self.embedding = randn(len(config.species), config.channels)  # [Z, C]
         l = [0] + [config.degree] * (T - 1) + [0]
         self.layers = nn.ModuleList(Layer(l[t], l[t + 1], config) for t in range(T))
-        self.readout = randn(config.channels)  # [C]
+        self.readout = randn(config.channels, fan_in=config.channels)  # [C]
         E0 = config.reference_energies or [0.0] * len(config.species)
         self.register_buffer("E0", torch.tensor(E0, dtype=torch.float64), persistent=False)
         self.to(dtype)
@@ -486,12 +520,14 @@ class Facet(nn.Module):
     def atomic_energies(self, batch: Batch) -> Tensor:
         """Energy of each atom, [N] eV in float64; differentiable with respect to batch.vectors."""
         r = batch.vectors.norm(dim=-1)  # [N, K]
-        phi = self.splines(r).mT.contiguous().split(self.config.functions, 1)  # T times [N, B, K]
+        phi = self.splines(r).mT.contiguous().split(self.config.functions * (self.config.degree + 1), 1)  # T times [N, B, K]
         Y = harmonics(batch.vectors / r[..., None], self.config.degree).mT.contiguous()  # [N, M, K]
+        B = self.config.functions
+        index = (batch.src[:, None] * B + torch.arange(B, device=r.device)[:, None]).flatten(0, 1)  # [N B, K]
         h = self.embedding[batch.species][:, None]  # [N, 1, C]
         for layer, phi_t in zip(self.layers, phi):
-            h = layer(h, batch.species, batch.src, phi_t, Y)  # [N, M, C], the last [N, 1, C]
-        e = h[:, 0] @ self.readout / sqrt(len(self.readout))  # [N]
+            h = layer(h, batch.species, index, phi_t, Y)  # [N, M, C], the last [N, 1, C]
+        e = h[:, 0] @ self.readout  # [N]
         return e.double() * self.config.energy_scale + self.E0[batch.species]  # [N]
 
     def forward(self, batch: Batch, training: bool = False) -> dict[str, Tensor]:
@@ -506,4 +542,5 @@ class Facet(nn.Module):
         virial = torch.einsum("nka,nkb->nab", vectors, g)  # [N, 3, 3]
         virial = virial.new_zeros(S, 3, 3).index_add(0, batch.crystal, virial)  # [S, 3, 3]
         stress = (virial + virial.mT) / (2 * batch.volume.to(g)[:, None, None])  # [S, 3, 3]
-        return {"energy": energy, "energies": energies, "forces": forces, "stress": stress}
+        out = {"energy": energy, "energies": energies, "forces": forces, "stress": stress}
+        return out if training else {k: v.detach() for k, v in out.items()}
