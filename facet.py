@@ -13,8 +13,8 @@
 
 Glossary
     N  atoms in the batch                     C  channels: copies of every feature
-    K  neighbours, padded to the largest      H  hidden channels of the grid layer
-    S  crystals in the batch                  B  radial functions of one layer
+    K  neighbours, padded to the largest      B  groups of channels; a group shares its radial functions
+    S  crystals in the batch                  c  channel within its group, C/B of them
     E  edges, before padding                  T  layers
     L  highest degree l of a feature          R  B-splines on the radial axis
     M  (L+1)², number of (l, m)               P  points of the Lebedev grid
@@ -34,6 +34,7 @@ It does not include: charges, spins, long-range forces, odd-parity couplings, di
 """
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import asdict, dataclass, fields
 from math import factorial, pi, sqrt
@@ -43,7 +44,7 @@ from typing import NamedTuple
 import ase
 import numpy as np
 import torch
-from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
+from ase.calculators.calculator import Calculator, all_changes
 from ase.data import atomic_numbers
 from ase.stress import full_3x3_to_voigt_6_stress
 from scipy.integrate import lebedev_rule
@@ -60,7 +61,7 @@ class Config:
     degree: int = 2                    # L; 0 gives an invariant network, 1 is fast, 2 accurate, 3 for hard cases
     channels: int = 32                 # C; the width, cost grows about linearly up to 64
     layers: int = 3                    # T; the first takes scalars, the last gives scalars: 3 holds one full layer
-    functions: int = 8                 # B; learned radial functions per layer
+    groups: int = 8                    # B; channels of a group share radial functions, one per harmonic degree
     splines: int = 24                  # R; B-splines per radial function, 0.24 Å apart by default
     first_knot: float = 0.0            # Å; where the radial axis begins, best just below the shortest distance
     activation: str = "product"        # of the grid layer: "product" (exactly equivariant) or "silu" (the paper's)
@@ -191,7 +192,7 @@ class RadialSplines(nn.Module):
         pieces = torch.tensor([[1, -3, 3, -1], [4, 0, -6, 3], [1, 3, 3, -3], [0, 0, 0, 1]], dtype=torch.float64) / 6
         self.register_buffer("pieces", pieces.T.contiguous(), persistent=False)  # [power, piece]
         self.coefficients = nn.Parameter(torch.zeros(config.splines, count, dtype=torch.float64))  # [R, count]
-        frequencies = torch.arange(count) // (config.degree + 1) % config.functions + 1  # each layer starts the same
+        frequencies = torch.arange(count) // (config.degree + 1) % config.groups + 1  # one frequency per group
         self.fit(lambda r: self.sine_bessel(r, frequencies))
 
     def sine_bessel(self, r: Tensor, n: Tensor) -> Tensor:
@@ -269,10 +270,9 @@ def degree(l: int) -> slice:
     return slice(l * l, (l + 1) ** 2)
 
 
-def span(degrees) -> slice:
-    """Rows of a run of degrees."""
-    degrees = list(degrees)
-    return slice(min(degrees) ** 2, (max(degrees) + 1) ** 2)
+def degree_of_row(L: int) -> Tensor:
+    """The degree l of each of the (L+1)² rows, [M]: 0 1 1 1 2 2 2 2 2 …"""
+    return torch.arange(L + 1).repeat_interleave(2 * torch.arange(L + 1) + 1)  # [M]
 
 
 # ─── §4 The grid and the coupling ──────────────────────────────────────────────────────────────────────────────────────
@@ -308,98 +308,115 @@ def paths(l_in: int, l_out: int, L: int) -> list[tuple[int, int, int]]:
 
 # ─── §5 Density: sum over neighbours first ─────────────────────────────────────────────────────────────────────────────
 
-def chunks(index: Tensor, width: int):
-    """Slices of the rows of index [A, K] such that a chunk of neighbours [rows, K, width] stays in the processor's cache."""
-    rows = max(1, (2 ** 26 if index.is_cuda else 2 ** 17) // max(1, index.shape[1] * width))
-    return [slice(i, i + rows) for i in range(0, len(index), rows)]
+def gather(h: Tensor, index: Tensor) -> Tensor:
+    return h.index_select(0, index.flatten()).view(*index.shape, -1)  # [A, K, X]
+
+
+def chunks(index: Tensor, X: int) -> list[slice]:
+    """Rows of index [A, K] in portions whose gathered features [rows, K, X] fit the processor's cache (or a GPU's memory)."""
+    rows = max(1, (2 ** 26 if index.is_cuda else 2 ** 17) // max(1, index.shape[1] * X))
+    return [slice(a, a + rows) for a in range(0, len(index), rows)]
 
 
 class NeighbourSum(torch.autograd.Function):
     """D[a, m, x] = Σ_k edge[a, m, k] h[index[a, k], x]: what the neighbours hold, weighted by where they are.
 
-    The scalar Σ edge·h[index]·D is linear in edge, in h and in D; the gradient with respect to one is a product of the
-    other two. So three functions are one another's derivatives, to any order, and no neighbour's features are ever stored.
+    The number Σ edge·h[index]·D is linear in each of edge, h and D, and its derivative with respect to one of them is a
+    product of the other two. So this function and the next two are each other's derivatives, to any order. Written that
+    way, features of neighbours, the largest tensor of all, exist for one cache-sized chunk at a time and are never kept.
+    A = N·B rows: group b of atom i sees group b of its neighbours.
     """
 
     @staticmethod
-    def forward(ctx, edge, h, index):  # [A, M, K], [A', X], [A, K] → [A, M, X]
+    def forward(ctx, edge, h, index):
+        """edge [A, M, K], h [A, X], index [A, K] → [A, M, X]."""
         ctx.save_for_backward(edge, h, index)
-        D = edge.new_empty(*edge.shape[:2], h.shape[1])
-        for i in chunks(index, h.shape[1]):
-            torch.bmm(edge[i], gather(h, index[i]), out=D[i])
+        D = edge.new_empty(*edge.shape[:2], h.shape[1])  # [A, M, X]
+        for a in chunks(index, h.shape[1]):
+            torch.bmm(edge[a], gather(h, index[a]), out=D[a])
         return D
 
     @staticmethod
     def backward(ctx, D):
         edge, h, index = ctx.saved_tensors
-        return NeighbourDot.apply(D, h, index), NeighbourSpread.apply(D, edge, index, len(h)), None
+        return NeighbourDot.apply(D, h, index), NeighbourSpread.apply(D, edge, index), None
 
 
 class NeighbourDot(torch.autograd.Function):
     """edge[a, m, k] = Σ_x D[a, m, x] h[index[a, k], x]."""
 
     @staticmethod
-    def forward(ctx, D, h, index):  # [A, M, X], [A', X], [A, K] → [A, M, K]
+    def forward(ctx, D, h, index):
+        """D [A, M, X], h [A, X], index [A, K] → [A, M, K]."""
         ctx.save_for_backward(D, h, index)
-        edge = D.new_empty(*D.shape[:2], index.shape[1])
-        for i in chunks(index, h.shape[1]):
-            torch.bmm(D[i], gather(h, index[i]).mT, out=edge[i])
+        edge = D.new_empty(*D.shape[:2], index.shape[1])  # [A, M, K]
+        for a in chunks(index, h.shape[1]):
+            torch.bmm(D[a], gather(h, index[a]).mT, out=edge[a])
         return edge
 
     @staticmethod
     def backward(ctx, edge):
         D, h, index = ctx.saved_tensors
-        return NeighbourSum.apply(edge, h, index), NeighbourSpread.apply(D, edge, index, len(h)), None
+        return NeighbourSum.apply(edge, h, index), NeighbourSpread.apply(D, edge, index), None
 
 
 class NeighbourSpread(torch.autograd.Function):
-    """h[x'] = Σ over all a, k with index[a, k] = x' of Σ_m D[a, m, x] edge[a, m, k]."""
+    """h[x'] = Σ of Σ_m D[a, m, x] edge[a, m, k] over all a, k with index[a, k] = x'."""
 
     @staticmethod
-    def forward(ctx, D, edge, index, rows):  # [A, M, X], [A, M, K], [A, K] → [A', X]
+    def forward(ctx, D, edge, index):
+        """D [A, M, X], edge [A, M, K], index [A, K] → [A, X]."""
         ctx.save_for_backward(D, edge, index)
-        h = D.new_zeros(rows, D.shape[2])
-        for i in chunks(index, h.shape[1]):
-            h.index_add_(0, index[i].flatten(), torch.bmm(edge[i].mT, D[i]).flatten(0, 1))
+        h = D.new_zeros(len(D), D.shape[2])  # [A, X]
+        for a in chunks(index, h.shape[1]):
+            h.index_add_(0, index[a].flatten(), torch.bmm(edge[a].mT, D[a]).flatten(0, 1))
         return h
 
     @staticmethod
     def backward(ctx, h):
         D, edge, index = ctx.saved_tensors
-        return NeighbourSum.apply(edge, h, index), NeighbourDot.apply(D, h, index), None, None
-
-
-def gather(h: Tensor, index: Tensor) -> Tensor:
-    return h.index_select(0, index.flatten()).view(*index.shape, -1)  # [A, K, X]
+        return NeighbourSum.apply(edge, h, index), NeighbourDot.apply(D, h, index), None
 
 
 class Density(nn.Module):
-    """TODO doc
+    """What the neighbours send to atom i along path p = (l1, l2, l3), for channel c of group b. [F §3.2]
+
+        A[i,p,m3,bc] = Σ_j φ_b,l2(r_ij) Σ_m1,m2 G[m1,m2,m3] Y_l2m2(r̂_ij) h[j,l1m1,bc] / √mean_neighbours
+
+    Read as written, this makes a tensor of edges × paths × channels, and everyone evaluates it so, because their radial
+    functions differ from channel to channel. Ours are shared by the C/B channels of a group and G knows no j, so the sum
+    over neighbours goes first and the coupling is done once per atom, not once per edge:
+
+        D[i,b,m2,m1,c] = Σ_j (φ_b Y_l2m2)(r_ij) h[j,l1m1,bc]     one matrix product per atom and group
+        A[i,p,m3,bc]   = Σ_m1,m2 G[m1,m2,m3] D[i,b,m2,m1,c]      one matrix product per atom
+
+    Nothing of the size of edges × paths × channels is ever made. Little is lost by sharing: the mixing before and after
+    (§6) lets every channel use the functions of every group.
     """
 
     def __init__(self, l_in: int, l_out: int, config: Config):
         super().__init__()
-        self.paths = sorted(paths(l_in, l_out, config.degree), key=lambda path: path[2])
-        self.counts = [sum(l3 == l for *_, l3 in self.paths) for l in range(l_out + 1)]  # Q_l
+        L = config.degree
+        self.paths = paths(l_in, l_out, L)
+        self.counts = [sum(l3 == l for *_, l3 in self.paths) for l in range(l_out + 1)]  # Q_l, paths that end in l
         self.scale = 1 / sqrt(config.mean_neighbours)
-        G = torch.zeros(len(self.paths), 2 * l_out + 1, (config.degree + 1) ** 2, (l_in + 1) ** 2, dtype=torch.float64)
+        G = torch.zeros(len(self.paths), (l_out + 1) ** 2, (L + 1) ** 2, (l_in + 1) ** 2, dtype=torch.float64)
         for q, (l1, l2, l3) in enumerate(self.paths):
-            G[q, :2 * l3 + 1, degree(l2), degree(l1)] = gaunt(l1, l2, l3).permute(2, 1, 0)  # [m3, m2, m1]
-        rows = [(q, m3) for l in range(l_out + 1) for m3 in range(2 * l + 1) for q, (*_, l3) in enumerate(self.paths) if l3 == l]
-        G = torch.stack([G[q, m3] for q, m3 in rows])  # [rows, M, M1]
-        self.register_buffer("G", G.flatten(1), persistent=False)
-        self.register_buffer("degree_of_row", torch.tensor([l for l in range(config.degree + 1) for _ in range(2 * l + 1)]), persistent=False)
+            G[q, degree(l3), degree(l2), degree(l1)] = gaunt(l1, l2, l3).permute(2, 1, 0)  # [m3, m2, m1]
+        rows = [(l * l + m, q) for l in range(l_out + 1) for m in range(2 * l + 1)
+                for q, (*_, l3) in enumerate(self.paths) if l3 == l]  # what comes out, ordered by l3, m3, path
+        self.register_buffer("G", torch.stack([G[q, lm] for lm, q in rows]).flatten(1), persistent=False)  # [l3 m3 Q, m2 m1]
+        self.register_buffer("degree_of_row", degree_of_row(L), persistent=False)  # [M]
 
     def forward(self, h: Tensor, index: Tensor, phi: Tensor, Y: Tensor) -> list[Tensor]:
-        """h [N, (l_in+1)², C], src [N, K], phi [N, B (L+1), K], Y [N, M, K] → for each l3 a tensor [N·(2·l3+1), Q_l3·C]."""
-        (NB, K), (N, M1, C), M = index.shape, h.shape, Y.shape[1]
-        B = NB // N
-        phi = phi.view(N, B, -1, K).index_select(2, self.degree_of_row)  # [N, B, M, K]
-        edge = (phi * (self.scale * Y)[:, None]).flatten(0, 1)  # [NB, M, K]
-        h = h.reshape(N, M1, B, -1).transpose(1, 2).reshape(NB, -1)  # [NB, m1 c]
-        D = NeighbourSum.apply(edge, h, index).view(N, B, M * M1, -1).transpose(1, 2).reshape(N, M * M1, C)  # [N, m2 m1, C]
-        A = (self.G @ D).split([(2 * l + 1) * Q for l, Q in enumerate(self.counts)], 1)  # [N, l3 m3 Q, C]
-        return [a.reshape(-1, Q * C) for a, Q in zip(A, self.counts)]
+        """h [N, (l_in+1)², C], index [N·B, K], phi [N, B, L+1, K], Y [N, M, K] → A, for each l3 [N·(2·l3+1), Q_l3·C]."""
+        (N, M1, C), (_, B, _, K), M = h.shape, phi.shape, Y.shape[1]
+        edge = phi.index_select(2, self.degree_of_row) * (self.scale * Y)[:, None]  # [N, B, M, K]
+        h = h.reshape(N, M1, B, -1).transpose(1, 2).reshape(N * B, -1)  # [N B, m1 c]
+        D = NeighbourSum.apply(edge.flatten(0, 1), h, index)  # [N B, m2, m1 c]
+        D = D.view(N, B, M * M1, -1).transpose(1, 2).reshape(N, M * M1, C)  # [N, m2 m1, C]
+        A = (self.G @ D).split([(2 * l + 1) * Q for l, Q in enumerate(self.counts)], 1)  # [N, m3 Q, C] for each l3
+        return [a.reshape(-1, Q * C) for a, Q in zip(A, self.counts)]  # [N m3, Q C] for each l3
 
 
 # ─── §6 Mixing and skip connection ─────────────────────────────────────────────────────────────────────────────────────
@@ -410,119 +427,159 @@ def randn(*shape: int, fan_in: int = 1) -> nn.Parameter:
 
 
 class Mix(nn.Module):
-    """A linear map of the channels for each degree: y[l, m] = x[l, m] W_l / √fan-in. No bias: only l = 0 could have one."""
+    """message[i, l3 m3] = A[i, p, m3, c] W_l3[pc, c'], summed over paths p that end in l3 and channels c."""
+
+    def __init__(self, counts: list[int], channels: int):
+        super().__init__()
+        self.W = nn.ParameterList(randn(Q * channels, channels, fan_in=Q * channels) for Q in counts)
+
+    def forward(self, A: list[Tensor], N: int) -> Tensor:
+        """A as Density returns it → [N, (l_out+1)², C]."""
+        return torch.cat([(a @ W).view(N, -1, W.shape[1]) for a, W in zip(A, self.W)], 1)  # [N, M, C]
+
+
+class Linear(nn.Module):
+    """y[i, lm, c'] = Σ_c x[i, lm, c] W_l[c, c']: mixes channels, never m. No bias: it would point somewhere if l > 0."""
 
     def __init__(self, L: int, fan_in: int, fan_out: int):
         super().__init__()
-        self.W = randn(L + 1, fan_in, fan_out, fan_in=fan_in)  # [L+1, C, fan_out]
-        self.register_buffer("degree_of_row", torch.tensor([l for l in range(L + 1) for _ in range(2 * l + 1)]), persistent=False)
+        self.W = randn(L + 1, fan_in, fan_out, fan_in=fan_in)  # [L+1, fan_in, fan_out]
+        self.register_buffer("degree_of_row", degree_of_row(L), persistent=False)  # [M]
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, (L+1)², fan_in] → [N, (L+1)², fan_out]."""
-        W = self.W.index_select(0, self.degree_of_row)
-        return torch.bmm(x.transpose(0, 1), W).transpose(0, 1)
-
-
-class MixPaths(nn.Module):
-    def __init__(self, fan_in: list[int], fan_out: int):
-        super().__init__()
-        self.W = nn.ParameterList(randn(n, fan_out, fan_in=n) for n in fan_in)  # one per degree
-
-    def forward(self, x: list[Tensor], N) -> Tensor:
-        """A list over degrees of [N, 2l+1, fan_in] → [N, (l_out+1)², fan_out]."""
-        return torch.cat([(x_l @ W).view(N, -1, W.shape[1]) for x_l, W in zip(x, self.W)], 1)
+        W = self.W.index_select(0, self.degree_of_row)  # [M, fan_in, fan_out]
+        return torch.bmm(x.transpose(0, 1), W).transpose(0, 1)  # [N, M, fan_out]
 
 
 class Skip(nn.Module):
-    """Carries an atom's own features past the neighbours, scaled by the species of the atom: (h ⊙ a_z) W_l."""
+    """Carries an atom's own features past the neighbours, scaled by the atom's species z: (h ⊙ a_z) W_l."""
 
     def __init__(self, l_in: int, l_out: int, config: Config):
         super().__init__()
-        self.L = min(l_in, l_out)
         self.a = randn(len(config.species), config.channels)  # [Z, C]
-        self.mix = Mix(self.L, config.channels, config.channels)
+        self.linear = Linear(min(l_in, l_out), config.channels, config.channels)
+        self.missing = (l_out + 1) ** 2 - (min(l_in, l_out) + 1) ** 2  # degrees that h does not have yet
 
     def forward(self, h: Tensor, species: Tensor) -> Tensor:
-        """h [N, (l_in+1)², C], species [N] → [N, (L+1)², C] with L the smaller of l_in and l_out."""
-        return self.mix(h[:, :(self.L + 1) ** 2] * self.a[species][:, None])
+        """h [N, (l_in+1)², C], species [N] → [N, (l_out+1)², C]."""
+        own = self.linear(h[:, :len(self.linear.degree_of_row)] * self.a[species][:, None])  # [N, ≤ M, C]
+        return nn.functional.pad(own, (0, 0, 0, self.missing))  # [N, M, C]
 
 
 # ─── §7 Grid layer ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 class GridLayer(nn.Module):
-    """A non-linearity for features that rotate: x → x + f(x), f acting on the function on the sphere that x stands for.
+    """A non-linearity for features that rotate: x → x + f(x). [F §3.3]
 
-        g(Ω_p, c) = Σ_lm Y_lm(Ω_p) x[lm, c]          to the Lebedev grid
-        f = W₃ · (σ(s) ⊙ (g W₁) ⊙ (g W₂))            at every grid point, back to lm:  Σ_p weight_p Y_lm(Ω_p) f(Ω_p, c)
-
-    Rotating x rotates g, whatever is done point by point commutes with that, but a grid is not rotation symmetric: only
-    what the rule integrates exactly is exactly equivariant. The product of two functions of degree L, projected on degree
-    L, is a polynomial of degree 3L, so a rule of degree ≥ 3L makes no error at all. The gate σ(s) depends on the scalars
-    s = x[00] W_s + b, the same at every point, and silu(s) is added to the scalars. [F §3.3] with EquiformerV3's product.
+    x[i, lm, c] are the coefficients of a function on the sphere, g(Ω, c) = Σ_lm Y_lm(Ω) x[lm, c]. Rotating x rotates g,
+    and whatever is done point by point commutes with that. So: evaluate g on the points of a Lebedev grid, apply the same
+    network to the channels at every point, project back with f[lm] = Σ_p weight_p Y_lm(Ω_p) f(Ω_p).
+    A grid has no rotation symmetry of its own: what it integrates exactly is equivariant exactly, the rest approximately.
     """
+    least_degree: float  # of the rule, over L
 
     def __init__(self, L: int, config: Config):
         super().__init__()
-        C, self.L = config.channels, L
-        points, weights = lebedev(config.grid_degree or 3 * L)
-        Y = harmonics(points, L)  # [P, M]
-        self.register_buffer("to_grid", Y, persistent=False)
-        variance = torch.einsum("p,pm,pa,pb->mab", weights, Y, Y, Y).square().sum((1, 2))  # [M] of a product of two inputs
-        self.register_buffer("from_grid", (weights[:, None] * Y / variance.sqrt()).T.contiguous(), persistent=False)  # [M, P]
-        self.W12, self.W3 = Mix(L, C, 2 * C), Mix(L, C, C)
+        points, weights = lebedev(config.grid_degree or int(self.least_degree * L))
+        self.register_buffer("to_grid", harmonics(points, L), persistent=False)  # [P, M]
+        self.register_buffer("to_rows", (weights[:, None] * self.to_grid).T.contiguous(), persistent=False)  # [M, P]
+
+    def on_grid(self, x: Tensor) -> Tensor:
+        """[N, M, C] → [P, N, C]."""
+        return torch.tensordot(self.to_grid, x, ([1], [1]))  # [P, N, C]
+
+    def from_grid(self, g: Tensor) -> Tensor:
+        """[P, N, C] → [N, M, C]."""
+        return torch.tensordot(self.to_rows, g, ([1], [0])).transpose(0, 1)  # [N, M, C]
+
+
+class ProductGrid(GridLayer):
+    """f = W₃ (σ(s) ⊙ u(Ω) ⊙ v(Ω)) with u, v = g W₁, g W₂ and gates from the scalars, s = x[00] W_s + b.
+
+    u ⊙ v projected on degree L is the integral of a polynomial of degree 3L: with a rule of degree 3L it is exact, and so
+    is equivariance. A gate is one number for all points, so it changes nothing. silu(s) is added to the scalars.
+    Product of functions on the sphere: EquiformerV3. Gates from the scalars: NequIP.
+    """
+    least_degree = 3
+
+    def __init__(self, L: int, config: Config):
+        super().__init__(L, config)
+        C = config.channels
+        self.W12, self.W3 = Linear(L, C, 2 * C), Linear(L, C, C)
         self.Ws, self.b = randn(C, C, fan_in=C), nn.Parameter(torch.zeros(C, dtype=torch.float64))
+        triple = torch.einsum("mp,pa,pb->mab", self.to_rows, self.to_grid, self.to_grid)  # [M, M, M]
+        self.to_rows /= triple.square().sum((1, 2), keepdim=True)[:, 0].sqrt()  # so that u ⊙ v has unit variance again
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, M, C] → [N, M, C]."""
-        g1, g2 = torch.tensordot(self.to_grid, self.W12(x), ([1], [1])).chunk(2, -1)  # [P, N, C]
-        product = torch.tensordot(self.from_grid, g1 * g2, ([1], [0])).transpose(0, 1)  # [N, M, C]
+        u, v = self.on_grid(self.W12(x)).chunk(2, -1)  # 2 × [P, N, C]
         s = torch.addmm(self.b, x[:, 0], self.Ws)  # [N, C]
-        f = product * torch.sigmoid(s)[:, None]  # [N, M, C]
+        f = self.from_grid(u * v) * torch.sigmoid(s)[:, None]  # [N, M, C]
         f = torch.cat([f[:, :1] + silu(s)[:, None], f[:, 1:]], 1)  # [N, M, C]
         return x + self.W3(f)
+
+
+class SiluGrid(GridLayer):
+    """f = W₃ silu(g W₁ + b), as in the paper. Not a polynomial: equivariant only as far as the grid is fine."""
+    least_degree = 7.5  # 15 for L = 2: 86 points
+
+    def __init__(self, L: int, config: Config):
+        super().__init__(L, config)
+        C = config.channels
+        self.W1, self.W3 = Linear(L, C, C), Linear(L, C, C)
+        self.b = nn.Parameter(torch.zeros(C, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, M, C] → [N, M, C]."""
+        return x + self.W3(self.from_grid(silu(self.on_grid(self.W1(x)) + self.b)))
 
 
 # ─── §8 The network ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 class Layer(nn.Module):
-    """h → grid layer of (mixed density of the neighbours + skip), [N, (l_in+1)², C] → [N, (l_out+1)², C]."""
+    """h ← grid layer of (mixed density of the neighbours + skip) / √2. Degrees 0 … l_in become 0 … l_out."""
 
     def __init__(self, l_in: int, l_out: int, config: Config):
         super().__init__()
         self.density = Density(l_in, l_out, config)
-        self.mix = MixPaths([Q * config.channels for Q in self.density.counts], config.channels)
+        self.mix = Mix(self.density.counts, config.channels)
         self.skip = Skip(l_in, l_out, config)
-        self.grid = GridLayer(l_out, config)
+        self.grid = {"product": ProductGrid, "silu": SiluGrid}[config.activation](l_out, config)
 
-    def forward(self, h, species, index, phi, Y):
-        message = self.mix(self.density(h, index, phi, Y), len(h))  # [N, (l_out+1)², C]
-        own = self.skip(h, species)  # [N, ≤ (l_out+1)², C]
-        missing = message.shape[1] - own.shape[1]
-        return self.grid((message + nn.functional.pad(own, (0, 0, 0, missing))) / sqrt(2))
+    def forward(self, h: Tensor, species: Tensor, index: Tensor, phi: Tensor, Y: Tensor) -> Tensor:
+        """h [N, (l_in+1)², C] → [N, (l_out+1)², C]; the rest as in Density."""
+        message = self.mix(self.density(h, index, phi, Y), len(h))  # [N, M, C]
+        return self.grid((message + self.skip(h, species)) / sqrt(2))  # [N, M, C]
 
 
 class Facet(nn.Module):
-    """Energy, forces and stress of crystals. [F §3]"""
+    """The interatomic potential. Build with `Facet(config)`, call with a Batch, or use FacetCalculator.
+
+    The first layer takes scalars (the embedded species), the last gives scalars (the energy), those between carry degrees
+    0 … L. Each layer sees one cutoff further.
+    """
 
     def __init__(self, config: Config, dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.config, T = config, config.layers
-        self.splines = RadialSplines(T * config.functions * (config.degree + 1), config)
-        self.embedding = randn(len(config.species), config.channels)  # [Z, C]
-        l = [0] + [config.degree] * (T - 1) + [0]
+        check(config)
+        self.config = config
+        Z, C, T, L = len(config.species), config.channels, config.layers, config.degree
+        self.splines = RadialSplines(T * config.groups * (L + 1), config)
+        self.embedding = randn(Z, C)  # [Z, C]
+        l = [0] + [L] * (T - 1) + [0]
         self.layers = nn.ModuleList(Layer(l[t], l[t + 1], config) for t in range(T))
-        self.readout = randn(config.channels, fan_in=config.channels)  # [C]
-        E0 = config.reference_energies or [0.0] * len(config.species)
-        self.register_buffer("E0", torch.tensor(E0, dtype=torch.float64), persistent=False)
-        self.to(dtype)
-        self.E0 = self.E0.double()
+        self.readout = randn(C, fan_in=C)  # [C]
+        self.to(dtype)  # everything above is made in float64, so that constants are exact in any dtype
+        E0 = torch.tensor(config.reference_energies or [0.0] * Z, dtype=torch.float64)  # [Z]
+        self.register_buffer("E0", E0, persistent=False)
 
     def atomic_energies(self, batch: Batch) -> Tensor:
-        """Energy of each atom, [N] eV in float64; differentiable with respect to batch.vectors."""
+        """Energy of each atom, [N] eV, float64. Differentiable with respect to batch.vectors."""
+        (N, K), B, L = batch.src.shape, self.config.groups, self.config.degree
         r = batch.vectors.norm(dim=-1)  # [N, K]
-        phi = self.splines(r).mT.contiguous().split(self.config.functions * (self.config.degree + 1), 1)  # T times [N, B, K]
-        Y = harmonics(batch.vectors / r[..., None], self.config.degree).mT.contiguous()  # [N, M, K]
-        B = self.config.functions
+        phi = self.splines(r).view(N, K, -1, B, L + 1).permute(2, 0, 3, 4, 1).contiguous()  # [T, N, B, L+1, K]
+        Y = harmonics(batch.vectors / r[..., None], L).mT.contiguous()  # [N, M, K]
         index = (batch.src[:, None] * B + torch.arange(B, device=r.device)[:, None]).flatten(0, 1)  # [N B, K]
         h = self.embedding[batch.species][:, None]  # [N, 1, C]
         for layer, phi_t in zip(self.layers, phi):
@@ -531,16 +588,95 @@ class Facet(nn.Module):
         return e.double() * self.config.energy_scale + self.E0[batch.species]  # [N]
 
     def forward(self, batch: Batch, training: bool = False) -> dict[str, Tensor]:
-        """Energy, forces, stress"""
-        vectors = batch.vectors.detach().requires_grad_()
-        S = len(batch.volume)
+        """Energy [S] eV, energies [N] eV per atom, forces [N, 3] eV/Å, stress [S, 3, 3] eV/Å³ (nan without a volume).
+
+        One gradient g_ij = ∂E/∂r_ij gives both: r_ij = x_j − x_i, so F_i = Σ_j g_ij − Σ_k g_ki, and a strain ε moves r_ij
+        by ε r_ij, so stress = Σ_ij r_ij ⊗ g_ij / volume, made symmetric against rounding. (§9)
+        training=True keeps the graph, so that a loss on forces and stress can be differentiated.
+        """
+        S, vectors = len(batch.volume), batch.vectors.detach().requires_grad_()
         with torch.enable_grad():
             energies = self.atomic_energies(batch._replace(vectors=vectors))  # [N]
-            energy = energies.new_zeros(S).index_add(0, batch.crystal, energies)  # [S]
             g = torch.autograd.grad(energies.sum(), vectors, create_graph=training)[0]  # [N, K, 3]
-        forces = g.sum(1).index_add(0, batch.src.flatten(), -g.flatten(0, 1))  # [N, 3]
-        virial = torch.einsum("nka,nkb->nab", vectors, g)  # [N, 3, 3]
-        virial = virial.new_zeros(S, 3, 3).index_add(0, batch.crystal, virial)  # [S, 3, 3]
-        stress = (virial + virial.mT) / (2 * batch.volume.to(g)[:, None, None])  # [S, 3, 3]
-        out = {"energy": energy, "energies": energies, "forces": forces, "stress": stress}
-        return out if training else {k: v.detach() for k, v in out.items()}
+        with torch.set_grad_enabled(training):
+            energy = energies.new_zeros(S).index_add(0, batch.crystal, energies)  # [S]
+            forces = g.sum(1).index_add(0, batch.src.flatten(), -g.flatten(0, 1))  # [N, 3]
+            virial = vectors.mT @ g  # [N, 3, 3]
+            virial = virial.new_zeros(S, 3, 3).index_add(0, batch.crystal, virial)  # [S, 3, 3]
+            stress = (virial + virial.mT) / (2 * batch.volume[:, None, None].to(g))  # [S, 3, 3]
+        return {"energy": energy, "energies": energies if training else energies.detach(), "forces": forces, "stress": stress}
+
+
+def check(config: Config) -> None:
+    """Raise ValueError, in one sentence, for a configuration that cannot be built."""
+    unknown = [s for s in config.species if s not in atomic_numbers]
+    if unknown or not config.species:
+        raise ValueError(f"species must be chemical symbols, such as ('Si', 'O'), not {config.species}")
+    if config.channels % config.groups:
+        raise ValueError(f"channels ({config.channels}) must be a multiple of groups ({config.groups})")
+    if config.activation not in ("product", "silu"):
+        raise ValueError(f'activation must be "product" or "silu", not "{config.activation}"')
+    if not 0 <= config.first_knot < config.cutoff:
+        raise ValueError(f"first_knot ({config.first_knot} Å) must lie between 0 and the cutoff ({config.cutoff} Å)")
+    if min(config.layers, config.groups) < 1 or config.degree < 0 or config.splines < 4:
+        raise ValueError("layers and groups must be at least 1, degree at least 0, splines at least 4")
+    if len(config.reference_energies) not in (0, len(config.species)):
+        raise ValueError("reference_energies needs one energy per species, or none at all")
+
+
+# ─── §9 Use: files and the ASE calculator ──────────────────────────────────────────────────────────────────────────────
+
+def save(model: Facet, path: str | Path, **more) -> None:
+    """Write tensors and the plain config to path. A temporary file is renamed into place: no half-written checkpoint."""
+    temporary = Path(f"{path}.part")
+    with open(temporary, "wb") as file:
+        torch.save({"facet": 1, "config": asdict(model.config), "state": model.state_dict(), **more}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load(path: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> Facet:
+    """The model that `save` wrote. Raises FileNotFoundError, or ValueError for a file that is not a Facet checkpoint."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint; train_small.py writes runs/<name>/model.pt")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        names = {field.name for field in fields(Config)}
+        config = Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in content["config"].items() if name in names})
+        model = Facet(config, dtype)
+        model.load_state_dict(content["state"])
+    except Exception as error:
+        raise ValueError(f"{path} is not a Facet checkpoint, or it is damaged ({type(error).__name__}); "
+                         "write one with facet.save or train_small.py") from error
+    return model.to(device)
+
+
+class FacetCalculator(Calculator):
+    """ASE calculator: `atoms.calc = FacetCalculator("runs/si/model.pt")`.
+
+    Gives energy, free_energy (the same), energies (eV per atom), forces (eV/Å) and, if the cell spans space, stress
+    (eV/Å³, Voigt). device: "cuda" if there is one, unless given. dtype: torch.float64 for phonons and tight relaxations.
+    The model is copied, so that later training does not change the calculator.
+    """
+    implemented_properties = ["energy", "free_energy", "energies", "forces", "stress"]
+
+    def __init__(self, model: Facet | str | Path, device=None, dtype: torch.dtype = torch.float32, **kwargs):
+        super().__init__(**kwargs)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if isinstance(model, Facet):
+            original, model = model, Facet(model.config, dtype).to(device)
+            model.load_state_dict(original.state_dict())
+        else:
+            model = load(model, device, dtype)
+        self.model, self.device, self.dtype = model.requires_grad_(False), device, dtype
+
+    def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes):
+        super().calculate(atoms, properties, system_changes)
+        neighbours = find_neighbours(self.atoms, self.model.config)
+        batch = make_batch([neighbours], self.model.config.cutoff, self.dtype).to(self.device)
+        out = {name: value.cpu().numpy() for name, value in self.model(batch).items()}
+        energy = float(out["energy"][0])
+        self.results = {"energy": energy, "free_energy": energy, "energies": out["energies"], "forces": out["forces"]}
+        if np.isfinite(neighbours.volume):
+            self.results["stress"] = full_3x3_to_voigt_6_stress(out["stress"][0])

@@ -75,7 +75,7 @@ def main(a):
     energy = np.array([f.energy for f in train])
     E0 = np.linalg.lstsq(count, energy, rcond=None)[0]
     frms = float(np.sqrt(np.mean(np.concatenate([f.forces for f in train]) ** 2)))
-    cfg = facet.Config(species, cutoff=a.cutoff, channels=a.channels, functions=a.functions, degree=a.degree, layers=a.layers, splines=a.splines, energy_scale=frms, reference_energies=tuple(E0))
+    cfg = facet.Config(species, cutoff=a.cutoff, channels=a.channels, groups=a.groups, degree=a.degree, layers=a.layers, splines=a.splines, energy_scale=frms, reference_energies=tuple(E0))
     for f in train + test:
         f.graph = facet.find_neighbours(f.atoms, cfg)
     mean = np.concatenate([np.bincount(f.graph.dst, minlength=len(f.atoms)) for f in train]).mean()
@@ -150,7 +150,7 @@ def main(a):
 
 p = argparse.ArgumentParser()
 p.add_argument("--train", nargs="+"); p.add_argument("--test", nargs="+")
-for k, v in dict(cutoff=5., channels=32, functions=8, degree=2, layers=3, splines=24, first=.9, lr=5e-3, wd=1e-3, b2=.999, muon=0., beta=.1, beta_e=.01, ws=.1, we0=1., we1=10., clip=1., ema=.99, flat=0., minutes=3., atoms=250, seed=0, every=500, steps=0).items():
+for k, v in dict(cutoff=5., channels=32, groups=8, degree=2, layers=3, splines=24, first=.9, lr=5e-3, wd=1e-3, b2=.999, muon=0., beta=.1, beta_e=.01, ws=.1, we0=1., we1=10., clip=1., ema=.99, flat=0., minutes=3., atoms=250, seed=0, every=500, steps=0).items():
     p.add_argument("--" + k, type=type(v), default=v)
 a = p.parse_args()
 import ctypes; _l = ctypes.CDLL(None); _l.mallopt(-3, 1 << 30); _l.mallopt(-1, 2**31 - 1); _l.mallopt(-2, 1 << 28)
