@@ -8,7 +8,7 @@
 
     crystal ─ neighbours ─┬─ radial splines φ_b(r)  (§2) ┐
               (§1)        └─ harmonics Y_lm(r̂)      (§3) ┴─ density ─ mix ─ + skip ─ grid layer ─ … ─ energy ─ forces, stress
-                                                            (§5)     (§6)    (§6)     (§7)          (§8)      (§9)
+                                                            (§5)     (§6)    (§6)     (§7)                   (§8)
                                                             └───────── one layer, repeated ───────┘
 
 Glossary
@@ -41,7 +41,7 @@ from math import factorial, pi, sqrt
 from pathlib import Path
 from typing import NamedTuple
 
-import ase
+import ase.build
 import numpy as np
 import torch
 from ase.calculators.calculator import Calculator, all_changes
@@ -65,7 +65,7 @@ class Config:
     splines: int = 24                  # R; B-splines per radial function, 0.24 Å apart by default
     first_knot: float = 0.0            # Å; where the radial axis begins, best just below the shortest distance
     activation: str = "product"        # of the grid layer: "product" (exactly equivariant) or "silu" (the paper's)
-    grid_degree: int = 0               # degree the grid integrates exactly; 0: 3L for product, 15 for silu
+    grid_degree: int = 0               # that the grid integrates exactly; 0: 3L for product (less is not equivariant), 15 for silu
     mean_neighbours: float = 30.0      # of the training set; sums over neighbours are divided by its root
     energy_scale: float = 1.0          # eV; force RMS of the training set times 1 Å
     reference_energies: tuple[float, ...] = ()  # eV per species, E0; empty: zeros
@@ -95,7 +95,7 @@ class Batch(NamedTuple):
 
 
 def neighbour_list(positions: np.ndarray, cell: np.ndarray, pbc, cutoff: float):
-    """All pairs closer than the cutoff, periodic images (of an atom itself too) included.
+    """All pairs no further apart than the cutoff, periodic images (of an atom itself too) included.
 
     positions [N, 3] Å, cell [3, 3] Å (rows), pbc: three booleans, cutoff Å.
     Returns dst [E], src [E], shift [E, 3] (integers), vectors [E, 3] Å: x_src + shift·cell − x_dst, sorted by dst.
@@ -160,7 +160,7 @@ def make_batch(crystals: list[Neighbours], cutoff: float, dtype=torch.float32) -
     N = first[-1]
     count = np.bincount(dst, minlength=N)  # [N]
     slot = np.arange(len(dst)) - np.repeat(np.cumsum(count) - count, count)  # [E] dst is sorted: position in its row
-    src = np.zeros((N, count.max(initial=0)), int)  # [N, K]
+    src = np.zeros((N, count.max(initial=1)), int)  # [N, K], at least one column, if only of padding
     src[dst, slot] = np.concatenate([c.src + f for c, f in zip(crystals, first)])
     vectors = np.zeros((*src.shape, 3))  # [N, K, 3]
     vectors[:, :, 0] = 2 * cutoff  # padding: there φ and its derivatives are exactly zero, so no mask is needed
@@ -591,7 +591,7 @@ class Facet(nn.Module):
         """Energy [S] eV, energies [N] eV per atom, forces [N, 3] eV/Å, stress [S, 3, 3] eV/Å³ (nan without a volume).
 
         One gradient g_ij = ∂E/∂r_ij gives both: r_ij = x_j − x_i, so F_i = Σ_j g_ij − Σ_k g_ki, and a strain ε moves r_ij
-        by ε r_ij, so stress = Σ_ij r_ij ⊗ g_ij / volume, made symmetric against rounding. (§9)
+        by ε r_ij, so stress = Σ_ij r_ij ⊗ g_ij / volume, made symmetric against rounding.
         training=True keeps the graph, so that a loss on forces and stress can be differentiated.
         """
         S, vectors = len(batch.volume), batch.vectors.detach().requires_grad_()
@@ -680,3 +680,115 @@ class FacetCalculator(Calculator):
         self.results = {"energy": energy, "free_energy": energy, "energies": out["energies"], "forces": out["forces"]}
         if np.isfinite(neighbours.volume):
             self.results["stress"] = full_3x3_to_voigt_6_stress(out["stress"][0])
+
+
+# ─── §10 Self-check: python facet.py ───────────────────────────────────────────────────────────────────────────────────
+
+def rotation_of_rows(R: Tensor, L: int) -> Tensor:
+    """The matrix D [M, M] with Y(R r) = D Y(r), block-diagonal in l; solved from the values at enough directions."""
+    points, _ = lebedev(2 * L + 1)
+    return torch.linalg.lstsq(harmonics(points, L), harmonics(points @ R.T, L)).solution.T  # [M, M]
+
+
+def random_alloy(atoms: int, seed: int = 0) -> ase.Atoms:
+    """A rattled silicon-like crystal, half of it carbon."""
+    rng = np.random.default_rng(seed)
+    n = round((atoms / 8) ** (1 / 3))
+    crystal = ase.build.bulk("Si", cubic=True) * (n, n, n)
+    crystal.symbols = rng.choice(["Si", "C"], len(crystal))
+    crystal.positions += rng.normal(0, 0.1, (len(crystal), 3))
+    return crystal
+
+
+def check_parts(R: Tensor) -> None:
+    """Harmonics, coupling, grid."""
+    points, weights = lebedev(12)
+    Y = harmonics(points, 6)  # [P, 49]
+    print(f"harmonics, l ≤ 6        |⟨Y Y⟩ − 1|               {((weights[:, None] * Y).T @ Y - torch.eye(49)).abs().max():.1e}")
+    D, worst = rotation_of_rows(R, 3), 0.0
+    for l1, l2, l3 in paths(3, 3, 3):
+        G = gaunt(l1, l2, l3)
+        turned = torch.einsum("abc,xa,yb,zc->xyz", G, *(D[degree(l), degree(l)] for l in (l1, l2, l3)))
+        worst = max(worst, float((turned - G).abs().max()))
+    print(f"coupling, l ≤ 3         change under rotation     {worst:.1e}")
+    D, x = rotation_of_rows(R, 2), torch.randn(50, 9, 16, dtype=torch.float64)
+    for kind, degrees in ((ProductGrid, (5, 6, 15)), (SiluGrid, (6, 15, 29))):
+        for exact in degrees:
+            layer = kind(2, Config(("Si",), channels=16, grid_degree=exact)).double()
+            error = (D @ layer(x) - layer(D @ x)).norm() / layer(x).norm()
+            print(f"{kind.__name__:12s} {len(layer.to_grid):3d} points  equivariance error, L = 2 {error:.1e}")
+
+
+def check_variance(model: Facet, batch: Batch) -> None:
+    """Second moment of the features, per layer, stage and degree: near 1 means that signals neither die nor explode."""
+    def show(name):
+        def hook(module, inputs, out):
+            print(f"    {name:18s}", *(f"{out[:, degree(l)].square().mean():8.2f}" for l in range(round(sqrt(out.shape[1])))))
+        return hook
+    hooks = [getattr(layer, stage).register_forward_hook(show(f"{t + 1} {stage}"))
+             for t, layer in enumerate(model.layers) for stage in ("mix", "skip", "grid")]
+    print("second moments of the features: layer, stage, l = 0 1 2 …")
+    model(batch)
+    for hook in hooks:
+        hook.remove()
+
+
+def check_symmetry(model: Facet, crystal: ase.Atoms, R: np.ndarray) -> None:
+    """Energy, forces and stress of a rotated, reflected, shifted, relabelled crystal; and against central differences."""
+    def evaluate(atoms):
+        batch = make_batch([find_neighbours(atoms, model.config)], model.config.cutoff, torch.float64)
+        return {name: value.numpy() for name, value in model(batch).items()}
+    here, order = evaluate(crystal), np.random.default_rng(1).permutation(len(crystal))
+    moved = crystal[order]
+    moved.set_cell(crystal.cell.array @ R.T)
+    moved.positions = moved.positions @ R.T + [0.3, -7.0, 11.0]
+    there = evaluate(moved)
+    print(f"symmetry                energy {abs(there['energy'] - here['energy'])[0]:.1e} eV, forces "
+          f"{abs(there['forces'] - here['forces'][order] @ R.T).max():.1e} eV/Å, stress "
+          f"{abs(there['stress'] - R @ here['stress'] @ R.T).max():.1e} eV/Å³")
+    step, strain, plus, minus = 1e-4, np.zeros((3, 3)), crystal.copy(), crystal.copy()
+    plus.positions[0, 0] += step
+    minus.positions[0, 0] -= step
+    force = (evaluate(minus)["energy"] - evaluate(plus)["energy"])[0] / (2 * step)
+    strain[0, 1] = strain[1, 0] = step / 2
+    for atoms, sign in ((plus, 1), (minus, -1)):
+        atoms.positions = crystal.positions
+        atoms.set_cell(crystal.cell.array @ (np.eye(3) + sign * strain), scale_atoms=True)
+    stress = (evaluate(plus)["energy"] - evaluate(minus)["energy"])[0] / (2 * step) / crystal.get_volume()
+    print(f"central differences     force {abs(force - here['forces'][0, 0]):.1e} eV/Å, shear stress {abs(stress - here['stress'][0, 0, 1]):.1e} eV/Å³")
+
+
+def check_speed(config: Config) -> None:
+    """Parameters by part; milliseconds for energy, forces and stress in float32, neighbours given."""
+    model = Facet(config).requires_grad_(False)
+    parts = {"splines": [model.splines], "mix": [l.mix for l in model.layers], "skip": [l.skip for l in model.layers],
+             "grid": [l.grid for l in model.layers]}
+    count = {name: sum(p.numel() for part in group for p in part.parameters()) for name, group in parts.items()}
+    total = sum(p.numel() for p in model.parameters())
+    print(f"parameters              {total}:", ", ".join(f"{name} {n}" for name, n in count.items()),
+          f"ends {total - sum(count.values())}")
+    for atoms in (8, 64, 512):
+        batch, times = make_batch([find_neighbours(random_alloy(atoms), config)], config.cutoff), []
+        for _ in range(8):
+            start = time.perf_counter()
+            model(batch)
+            times.append(1000 * (time.perf_counter() - start))
+        print(f"speed                   {atoms:4d} atoms, {batch.src.shape[1]} neighbours: {np.median(times[2:]):.1f} ms")
+
+
+def self_check() -> None:
+    """Print what a reader who changed the file wants to know. Takes seconds."""
+    print(f"Facet on CPU, {torch.get_num_threads()} threads, torch {torch.__version__}; float64 but for the speed")
+    R = -np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]  # generic: multiples of 90° prove nothing
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        check_parts(torch.from_numpy(R))
+        config, crystal = Config(("C", "Si"), mean_neighbours=28.0), random_alloy(64)
+        model = Facet(config, torch.float64).requires_grad_(False)
+        check_variance(model, make_batch([find_neighbours(crystal, config)], config.cutoff, torch.float64))
+        check_symmetry(model, crystal, R)
+        check_speed(config)
+
+
+if __name__ == "__main__":
+    self_check()
