@@ -588,10 +588,11 @@ class Facet(nn.Module):
         return e.double() * self.config.energy_scale + self.E0[batch.species]  # [N]
 
     def forward(self, batch: Batch, training: bool = False) -> dict[str, Tensor]:
-        """Energy [S] eV, energies [N] eV per atom, forces [N, 3] eV/Å, stress [S, 3, 3] eV/Å³ (nan without a volume).
+        """Energy [S] eV, energies [N] eV per atom, forces [N, 3] eV/Å, virial [S, 3, 3] eV and stress [S, 3, 3] eV/Å³, its
+        quotient by the volume (nan where there is none).
 
         One gradient g_ij = ∂E/∂r_ij gives both: r_ij = x_j − x_i, so F_i = Σ_j g_ij − Σ_k g_ki, and a strain ε moves r_ij
-        by ε r_ij, so stress = Σ_ij r_ij ⊗ g_ij / volume, made symmetric against rounding.
+        by ε r_ij, so virial = Σ_ij r_ij ⊗ g_ij, made symmetric against rounding.
         training=True keeps the graph, so that a loss on forces and stress can be differentiated.
         """
         S, vectors = len(batch.volume), batch.vectors.detach().requires_grad_()
@@ -602,9 +603,10 @@ class Facet(nn.Module):
             energy = energies.new_zeros(S).index_add(0, batch.crystal, energies)  # [S]
             forces = g.sum(1).index_add(0, batch.src.flatten(), -g.flatten(0, 1))  # [N, 3]
             virial = vectors.mT @ g  # [N, 3, 3]
-            virial = virial.new_zeros(S, 3, 3).index_add(0, batch.crystal, virial)  # [S, 3, 3]
-            stress = (virial + virial.mT) / (2 * batch.volume[:, None, None].to(g))  # [S, 3, 3]
-        return {"energy": energy, "energies": energies if training else energies.detach(), "forces": forces, "stress": stress}
+            virial = virial.new_zeros(S, 3, 3).index_add(0, batch.crystal, (virial + virial.mT) / 2)  # [S, 3, 3]
+            stress = virial / batch.volume[:, None, None].to(g)  # [S, 3, 3]
+        return {"energy": energy, "energies": energies if training else energies.detach(), "forces": forces,
+                "virial": virial, "stress": stress}
 
 
 def check(config: Config) -> None:

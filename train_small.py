@@ -281,8 +281,8 @@ def losses(model: facet.Facet, frames: list[Frame], huber: float, device) -> tup
     target, out, scale = labels(frames, device), model(batch, training=True), model.config.energy_scale
     energy = (out["energy"] - target["energy"]) / target["atoms"] / scale  # [S]
     forces = (out["forces"] - target["forces"]) / scale  # [N, 3]
-    virial = (out["stress"] - target["stress"]) * (batch.volume / target["atoms"]).float()[:, None, None] / scale  # [S, 3, 3]
-    virial = virial[torch.isfinite(virial)]  # structures without a stress label, or without a volume
+    virial = target["stress"] * batch.volume.float()[:, None, None]  # [S, 3, 3] eV, nan without a label or a volume
+    virial = ((out["virial"] - virial) / target["atoms"][:, None, None] / scale)[torch.isfinite(virial)]  # [≤ 9 S]
     def loss(error, beta):
         return smooth_l1_loss(error, torch.zeros_like(error), beta=beta) if len(error) else error.sum()
     return loss(energy, huber / 10).float(), loss(forces, huber), loss(virial, huber)
@@ -332,10 +332,10 @@ def train_model(model: facet.Facet, train: list[Frame], test: list[Frame], s: Se
             shown, began = int(progress * 20), time.perf_counter()
             e = errors(predict(averaged, watched, s.batch_atoms, device), watched)
             mae = [e["energy_mae_meV_per_atom"], 1000 * e["force_mae_eV_per_A"], e["stress_mae_GPa"] or np.nan]
-            values, rate = [float(x) for x in (total, *parts)], seen / (elapsed - evaluation)
+            values, rate = [x.item() for x in (total, *parts)], seen / (elapsed - evaluation)
             print(f"{step:7d} {values[0]:7.4f} ({values[1]:7.5f} {values[2]:7.4f} {values[3]:7.4f}) {mae[0]:8.2f} meV {mae[1]:7.1f} meV/Å"
-                  f" {mae[2]:8.3f} GPa {lr:9.1e} {rate:13.1f} {elapsed / progress - elapsed:6.0f} s", flush=True)
-            log.writerow([step, f"{elapsed:.1f}", *values, *mae, lr, float(norm), rate])
+                  f" {mae[2]:8.3f} GPa {lr:9.1e} {rate:13.1f} {max(0, elapsed / progress - elapsed):6.0f} s", flush=True)
+            log.writerow([step, f"{elapsed:.1f}", *values, *mae, lr, norm.item(), rate])
             facet.save(averaged, folder / "model.pt")
             evaluation += time.perf_counter() - began
         if progress >= 1:
@@ -346,7 +346,7 @@ def train_model(model: facet.Facet, train: list[Frame], test: list[Frame], s: Se
         parts = losses(model, frames, s.huber, device)
         total = s.energy_start * (s.energy_end / s.energy_start) ** progress * parts[0] + parts[1] + s.stress_weight * parts[2]
         if not torch.isfinite(total):
-            raise BadInput(f"the loss became {float(total)} at step {step}, on {', '.join(f.name for f in frames)}; "
+            raise BadInput(f"the loss became {total.item()} at step {step}, on {', '.join(f.name for f in frames)}; "
                            "look at these frames, or lower --lr")
         optimizer.zero_grad()
         total.backward()

@@ -1,0 +1,78 @@
+"""Train on real data with the default settings, several seeds; print mean and spread of the test errors.
+
+    python benchmarks/accuracy.py --data FOLDER                          # mlearn/Si, mlearn/Li and crystals in FOLDER
+    python benchmarks/accuracy.py --data FOLDER --sets Si --seeds 1      # one run of ten minutes
+
+FOLDER holds mlearn/{Si,Li}_{train,test}.extxyz (Zuo et al., J. Phys. Chem. A 124, 731 (2020), github.com/
+materialsvirtuallab/mlearn, converted to extended XYZ) and crystals/crystals_{train,test}.json.gz (MPtrj layout).
+`--parallel 2 --threads 1` trains two at a time, each on one core. Writes benchmarks/results/accuracy.json.
+"""
+import argparse
+import json
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = {"Si": "mlearn/Si_{}.extxyz", "Li": "mlearn/Li_{}.extxyz", "crystals": "crystals/crystals_{}.json.gz"}
+SHOWN = {"energy_mae_meV_per_atom": "energy MAE (meV/atom)", "force_mae_eV_per_A": "force MAE (eV/Å)",
+         "stress_mae_GPa": "stress MAE (GPa)", "train_seconds": "training (s)", "steps": "steps"}
+
+
+def run(data: Path, name: str, seed: int, threads: int, more: list[str]) -> dict:
+    """One training in a process of its own; returns its result.json, without paths."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, ROOT / "train_small.py", "--name", name, "--seed", str(seed), "--threads", str(threads), *more]
+        for part in ("train", "test"):
+            command += [f"--{part}", data / FILES[name].format(part)]
+        done = subprocess.run([str(word) for word in command], cwd=folder, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{name}, seed {seed}: {done.stderr.strip()}")
+        result = json.loads((Path(folder) / "runs" / name / "result.json").read_text())
+    result["command"] = shlex.join(["python", "train_small.py", "--train", FILES[name].format("train"), "--test",
+                                    FILES[name].format("test"), "--name", name, "--seed", str(seed), "--threads", str(threads), *more])
+    result["settings"].update(train=FILES[name].format("train"), test=FILES[name].format("test"))
+    print(f"{name}, seed {seed}:", ", ".join(f"{text} {result[key]:.4g}" for key, text in SHOWN.items()), flush=True)
+    return result
+
+
+def processor() -> str:
+    """Name of the CPU."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--sets", nargs="+", default=list(FILES), choices=FILES)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--parallel", type=int, default=1)
+    args, more = parser.parse_known_args()  # what this script does not know goes to train_small.py
+    jobs = [(name, seed) for name in args.sets for seed in range(args.seeds if name != "crystals" else 1)]
+    with ThreadPoolExecutor(args.parallel) as pool:
+        results = list(pool.map(lambda job: run(args.data, *job, args.threads, more), jobs))
+    path = ROOT / "benchmarks" / "results" / "accuracy.json"
+    path.parent.mkdir(exist_ok=True)
+    kept = json.loads(path.read_text())["sets"] if path.exists() else {}
+    for name in args.sets:
+        mine = [result for (n, _), result in zip(jobs, results) if n == name]
+        summary = {key: {"mean": float(np.mean([r[key] for r in mine])), "std": float(np.std([r[key] for r in mine]))} for key in SHOWN}
+        kept[name] = {"summary": summary, "baselines": mine[0]["baselines"], "runs": mine}
+        print(f"{name}, {len(mine)} seeds:", ", ".join(f"{text} {summary[key]['mean']:.4g} ± {summary[key]['std']:.2g}"
+                                                      for key, text in SHOWN.items()))
+    path.write_text(json.dumps({"processor": processor(), "threads_each": args.threads, "at_a_time": args.parallel, "sets": kept}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
