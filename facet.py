@@ -70,6 +70,25 @@ class Config:
     energy_scale: float = 1.0          # eV; force RMS of the training set times 1 Å
     reference_energies: tuple[float, ...] = ()  # eV per species, E0; empty: zeros
 
+    def __post_init__(self):
+        """Raise ValueError, in one sentence, for what cannot be built. NumPy numbers become plain ones, fit to be saved."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            plain = tuple(np.asarray(value).tolist()) if field.name in ("species", "reference_energies") else type(field.default)(value)
+            object.__setattr__(self, field.name, plain)
+        if not self.species or any(symbol not in atomic_numbers for symbol in self.species):
+            raise ValueError(f"species must be chemical symbols, such as ('Si', 'O'), not {self.species}")
+        if min(self.layers, self.groups) < 1 or self.degree < 0 or self.splines < 4:
+            raise ValueError("layers and groups must be at least 1, degree at least 0, splines at least 4")
+        if self.channels < 1 or self.channels % self.groups:
+            raise ValueError(f"channels ({self.channels}) must be a multiple of groups ({self.groups})")
+        if self.activation not in ("product", "silu"):
+            raise ValueError(f'activation must be "product" or "silu", not "{self.activation}"')
+        if not 0 <= self.first_knot < self.cutoff:
+            raise ValueError(f"first_knot ({self.first_knot} Å) must lie between 0 and the cutoff ({self.cutoff} Å)")
+        if len(self.reference_energies) not in (0, len(self.species)):
+            raise ValueError("reference_energies needs one energy per species, or none at all")
+
 
 # ─── §1 Crystals to neighbours ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -562,7 +581,6 @@ class Facet(nn.Module):
 
     def __init__(self, config: Config, dtype: torch.dtype = torch.float32):
         super().__init__()
-        check(config)
         self.config = config
         Z, C, T, L = len(config.species), config.channels, config.layers, config.degree
         self.splines = RadialSplines(T * config.groups * (L + 1), config)
@@ -609,23 +627,6 @@ class Facet(nn.Module):
                 "virial": virial, "stress": stress}
 
 
-def check(config: Config) -> None:
-    """Raise ValueError, in one sentence, for a configuration that cannot be built."""
-    unknown = [s for s in config.species if s not in atomic_numbers]
-    if unknown or not config.species:
-        raise ValueError(f"species must be chemical symbols, such as ('Si', 'O'), not {config.species}")
-    if config.channels % config.groups:
-        raise ValueError(f"channels ({config.channels}) must be a multiple of groups ({config.groups})")
-    if config.activation not in ("product", "silu"):
-        raise ValueError(f'activation must be "product" or "silu", not "{config.activation}"')
-    if not 0 <= config.first_knot < config.cutoff:
-        raise ValueError(f"first_knot ({config.first_knot} Å) must lie between 0 and the cutoff ({config.cutoff} Å)")
-    if min(config.layers, config.groups) < 1 or config.degree < 0 or config.splines < 4:
-        raise ValueError("layers and groups must be at least 1, degree at least 0, splines at least 4")
-    if len(config.reference_energies) not in (0, len(config.species)):
-        raise ValueError("reference_energies needs one energy per species, or none at all")
-
-
 # ─── §9 Use: files and the ASE calculator ──────────────────────────────────────────────────────────────────────────────
 
 def save(model: Facet, path: str | Path, **more) -> None:
@@ -644,9 +645,7 @@ def load(path: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> 
         raise FileNotFoundError(f"{path}: no such checkpoint; train_small.py writes runs/<name>/model.pt")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        names = {field.name for field in fields(Config)}
-        config = Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in content["config"].items() if name in names})
-        model = Facet(config, dtype)
+        model = Facet(Config(**content["config"]), dtype)
         model.load_state_dict(content["state"])
     except Exception as error:
         raise ValueError(f"{path} is not a Facet checkpoint, or it is damaged ({type(error).__name__}); "
