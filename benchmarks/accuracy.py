@@ -14,7 +14,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +51,12 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
+def summarize(runs: list[dict]) -> dict:
+    """Mean and standard deviation over seeds of what is shown, and the runs themselves."""
+    summary = {key: {"mean": float(np.mean([r[key] for r in runs])), "std": float(np.std([r[key] for r in runs]))} for key in SHOWN}
+    return {"summary": summary, "baselines": runs[0]["baselines"], "runs": sorted(runs, key=lambda r: r["settings"]["seed"])}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
@@ -59,19 +65,20 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--parallel", type=int, default=1)
     args, more = parser.parse_known_args()  # what this script does not know goes to train_small.py
-    jobs = [(name, seed) for name in args.sets for seed in range(args.seeds if name != "crystals" else 1)]
-    with ThreadPoolExecutor(args.parallel) as pool:
-        results = list(pool.map(lambda job: run(args.data, *job, args.threads, more), jobs))
+    jobs = [(name, seed) for seed in range(args.seeds) for name in args.sets if name != "crystals" or seed == 0]
     path = ROOT / "benchmarks" / "results" / "accuracy.json"
     path.parent.mkdir(exist_ok=True)
-    kept = json.loads(path.read_text())["sets"] if path.exists() else {}
-    for name in args.sets:
-        mine = [result for (n, _), result in zip(jobs, results) if n == name]
-        summary = {key: {"mean": float(np.mean([r[key] for r in mine])), "std": float(np.std([r[key] for r in mine]))} for key in SHOWN}
-        kept[name] = {"summary": summary, "baselines": mine[0]["baselines"], "runs": mine}
-        print(f"{name}, {len(mine)} seeds:", ", ".join(f"{text} {summary[key]['mean']:.4g} ± {summary[key]['std']:.2g}"
-                                                      for key, text in SHOWN.items()))
-    path.write_text(json.dumps({"processor": processor(), "threads_each": args.threads, "at_a_time": args.parallel, "sets": kept}, indent=1))
+    sets = {name: {"runs": []} for name in args.sets}
+    with ThreadPoolExecutor(args.parallel) as pool:
+        futures = {pool.submit(run, args.data, *job, args.threads, more): job for job in jobs}
+        for future in as_completed(futures):  # saved after each: hours of work outlive an interruption
+            sets[futures[future][0]]["runs"].append(future.result())
+            path.write_text(json.dumps({"processor": processor(), "threads_each": args.threads, "at_a_time": args.parallel,
+                                        "sets": {name: summarize(content["runs"]) for name, content in sets.items() if content["runs"]}}, indent=1))
+    for name, content in sets.items():
+        summary = summarize(content["runs"])["summary"]
+        print(f"{name}, {len(content['runs'])} seeds:", ", ".join(f"{text} {summary[key]['mean']:.4g} ± {summary[key]['std']:.2g}"
+                                                                 for key, text in SHOWN.items()))
 
 
 if __name__ == "__main__":
