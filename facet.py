@@ -50,7 +50,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from scipy.integrate import lebedev_rule
 from scipy.spatial import cKDTree
 from torch import Tensor, nn
-from torch.nn.functional import relu, silu
+from torch.nn.functional import silu
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ class Config:
         """Raise ValueError, in one sentence, for what cannot be built. NumPy numbers become plain ones, fit to be saved."""
         for field in fields(self):
             value = getattr(self, field.name)
-            plain = tuple(np.asarray(value).tolist()) if field.name in ("species", "reference_energies") else type(field.default)(value)
-            object.__setattr__(self, field.name, plain)
+            many = field.name in ("species", "reference_energies")
+            object.__setattr__(self, field.name, tuple(np.asarray(value).tolist()) if many else type(field.default)(value))
         if not self.species or any(symbol not in atomic_numbers for symbol in self.species):
             raise ValueError(f"species must be chemical symbols, such as ('Si', 'O'), not {self.species}")
         if min(self.layers, self.groups) < 1 or self.degree < 0 or self.splines < 4:
@@ -131,7 +131,7 @@ def neighbour_list(positions: np.ndarray, cell: np.ndarray, pbc, cutoff: float):
     cell = ase.cell.Cell(cell).complete()  # axes without a vector get a unit one: nothing repeats along them
     volume = abs(np.linalg.det(cell))
     faces = np.linalg.norm(np.cross(cell[[1, 2, 0]], cell[[2, 0, 1]]), axis=1)  # [3] Å²
-    if not volume > 1e-6 * np.linalg.norm(cell, axis=1).prod():
+    if not volume > 1e-6 * np.linalg.norm(cell, axis=1).prod():  # of a right-angled cell with these edges
         raise ValueError(f"the cell has no volume ({volume:.1e} Å³): its lattice vectors lie in one plane")
     reach = cutoff * faces / volume  # [3] the cutoff as a fraction of the distance between lattice planes
     fractional = positions @ np.linalg.inv(cell)  # [N, 3]
@@ -154,7 +154,7 @@ def neighbour_list(positions: np.ndarray, cell: np.ndarray, pbc, cutoff: float):
     dst, other = dst[order], other[order]
     src = ghost[other]
     vectors = places[other] - home[dst]  # [E, 3]
-    touching = np.flatnonzero((vectors ** 2).sum(1) < 1e-6)
+    touching = np.flatnonzero((vectors ** 2).sum(1) < 1e-6)  # Å²
     if len(touching):
         raise ValueError(f"atoms {dst[touching[0]]} and {src[touching[0]]} sit on one spot (closer than 0.001 Å)")
     return dst, src, (shift[other] - fold[dst]).astype(int), vectors
@@ -215,10 +215,13 @@ class RadialSplines(nn.Module):
         self.fit(lambda r: self.sine_bessel(r, frequencies))
 
     def sine_bessel(self, r: Tensor, n: Tensor) -> Tensor:
-        """sin(nπ r/r_cut)/r · (1 − x⁶ …), of mean square 1 in the ball of radius r_cut; r [...], n [count] → [..., count]."""
+        """How the functions start: sin(nπx)/x · u(x), x = r/r_cut, scaled to mean square 1 in the ball of radius r_cut.
+
+        u = 1 − 28x⁶ + 48x⁷ − 21x⁸ takes value, slope and curvature to 0 at the cutoff. r [...], n [count] → [..., count].
+        """
         def raw(r):
-            x = r[..., None] / self.cutoff
-            return n * torch.sinc(n * x) * relu(1 - x) ** 3 * (1 + x * (3 + x * (6 + x * (10 + x * (15 + x * 21)))))
+            x = (r[..., None] / self.cutoff).clamp(max=1)
+            return n * torch.sinc(n * x) * (1 - 28 * x ** 6 + 48 * x ** 7 - 21 * x ** 8)
         x = torch.linspace(0, self.cutoff, 513, dtype=r.dtype)  # [513]
         mean_square = (x[:, None] ** 2 * raw(x) ** 2).sum(0) / (x ** 2).sum()  # [count]
         return raw(r) / mean_square.sqrt()
@@ -705,7 +708,8 @@ def check_parts(R: Tensor) -> None:
     """Harmonics, coupling, grid."""
     points, weights = lebedev(12)
     Y = harmonics(points, 6)  # [P, 49]
-    print(f"harmonics, l ≤ 6        |⟨Y Y⟩ − 1|               {((weights[:, None] * Y).T @ Y - torch.eye(49)).abs().max():.1e}")
+    gram = (weights[:, None] * Y).T @ Y  # [49, 49]
+    print(f"harmonics, l ≤ 6        |⟨Y Y⟩ − 1|               {(gram - torch.eye(49)).abs().max():.1e}")
     D, worst = rotation_of_rows(R, 3), 0.0
     for l1, l2, l3 in paths(3, 3, 3):
         G = gaunt(l1, l2, l3)
@@ -756,7 +760,8 @@ def check_symmetry(model: Facet, crystal: ase.Atoms, R: np.ndarray) -> None:
         atoms.positions = crystal.positions
         atoms.set_cell(crystal.cell.array @ (np.eye(3) + sign * strain), scale_atoms=True)
     stress = (evaluate(plus)["energy"] - evaluate(minus)["energy"])[0] / (2 * step) / crystal.get_volume()
-    print(f"central differences     force {abs(force - here['forces'][0, 0]):.1e} eV/Å, shear stress {abs(stress - here['stress'][0, 0, 1]):.1e} eV/Å³")
+    print(f"central differences     force {abs(force - here['forces'][0, 0]):.1e} eV/Å, "
+          f"shear stress {abs(stress - here['stress'][0, 0, 1]):.1e} eV/Å³")
 
 
 def check_speed(config: Config) -> None:

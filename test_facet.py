@@ -47,10 +47,10 @@ TOL = {  # largest allowed difference, in units of the largest wanted value (of 
     "rounding": 1e-10,      # the same sums in another order, float64, through three layers
     "formula": 1e-12,       # one formula against another, float64, no layers in between
     "differences": 1e-6,    # central differences; a third derivative may jump at a knot of a spline
-    "float32": 3e-5,        # float32 has 7 digits, the layers and the sums over neighbours cost two of them
+    "float32": 1e-5,        # float32 has 7 digits, the layers and the sums over neighbours cost one or two of them
     "silu grid": 1e-8,      # SiLU is no polynomial: what the largest rule leaves of the error, through three layers
     "cutoff": 1e-4,         # 1e-6 Å inside, the curvature has not quite gone; a jump would be at least 1e-2
-    "drift": 1e-3,          # total energy in 100 Verlet steps of 0.5 fs, over the kinetic energy at the start
+    "drift": 3e-3,          # total energy in 100 Verlet steps of 0.5 fs, over the kinetic energy at the start
     "control": 1e-2,        # what a control must at least differ by
 }
 
@@ -145,14 +145,15 @@ def crystals(draw) -> Atoms:
     Atoms lie near points of a mesh whose planes are at least 1.7 Å apart, so they and their images keep 1.1 Å by
     construction. Most cells are smaller than the cutoff.
     """
-    rng = np.random.default_rng(draw(st.integers(0, 2 ** 32 - 1)))
+    rng, N = np.random.default_rng(draw(st.integers(0, 2 ** 32 - 1))), draw(st.integers(1, 12))
     pbc, no_vector = (np.array(draw(st.tuples(*[st.booleans()] * 3))) for _ in range(2))
-    lengths = np.array(draw(st.tuples(*[st.floats(2.3, 6.5)] * 3)))
-    a, b, c = draw(st.tuples(*[st.floats(-0.5, 0.5)] * 3))
-    cell = lengths[:, None] * [[1, 0, 0], [a, 1, 0], [b, c, 1]] @ Rotation.random(rng=rng).as_matrix()
-    cell = cell[draw(st.permutations(range(3)))]  # odd permutations are left-handed
-    mesh = np.maximum(1, np.floor(1 / np.linalg.norm(np.linalg.inv(cell), axis=0) / 1.7)).astype(int)  # [3]
-    sites = rng.permutation([*np.ndindex(*mesh)])[:draw(st.integers(1, 12))]  # [N, 3]
+    cell = rng.uniform(2.3, 4.5, (3, 1)) * (np.eye(3) + np.tril(rng.uniform(-0.5, 0.5, (3, 3)), -1))
+    cell = (cell @ Rotation.random(rng=rng).as_matrix())[draw(st.permutations(range(3)))]  # odd ones are left-handed
+    mesh = np.zeros(3, int)
+    while mesh.prod() < N:
+        cell *= 1.05
+        mesh = np.maximum(1, np.floor(1 / np.linalg.norm(np.linalg.inv(cell), axis=0) / 1.7)).astype(int)
+    sites = rng.permutation([*np.ndindex(*mesh)])[:N]  # [N, 3]
     outside = rng.integers(-1, 2, sites.shape) * (pbc | draw(st.booleans()))
     positions = (sites / mesh + outside) @ cell + rng.uniform(-0.15, 0.15, sites.shape)
     cell[~pbc & no_vector] = 0
@@ -301,7 +302,7 @@ def test_mirror_image_has_another_energy(name):
 
 
 def test_symmetry_checks_compare_constants():
-    """Control of all of the above: what they compare does change, when it is not transformed along."""
+    """Control of all of the above: what they compare is not zero, and changes when it is not transformed along."""
     other = rotated(TRICLINIC, GENERIC)
     out, after = evaluate(build(), TRICLINIC), evaluate(build(), other)
     for name in ("forces", "stress", "virial"):
@@ -317,40 +318,30 @@ def test_symmetry_checks_compare_constants():
 
 # ─── Derivatives ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-def slopes(model, changed, count: int, step=2e-5) -> np.ndarray:
-    """Central differences of the energy of changed(n, ±step), n = 0 … count−1, all in one batch."""
-    energy = evaluate(model, *(changed(n, sign * step) for n in range(count) for sign in (1, -1)))["energy"]
-    return (energy[::2] - energy[1::2]) / (2 * step)
-
-
-CASES = {name: (atoms, {}) for name, atoms in PINNED.items() if name not in ("isolated atom", "dimer at the cutoff")}
-CASES.update((name, (TRICLINIC, config)) for name, config in MODELS.items() if name not in ("L=2", "silu, fine"))
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_forces_are_not_the_slope_of_the_energy(case):
-    atoms, model = CASES[case][0], build(**CASES[case][1])
-
-    def moved(n, step):
-        other = atoms.copy()
-        other.positions.flat[n] += step
-        return other
-    forces = evaluate(model, atoms)["forces"]
-    same("forces", forces, -slopes(model, moved, forces.size).reshape(-1, 3), "differences")
-    if len(atoms) > 1:  # one atom and its images: zero by symmetry
-        differ("forces", forces, 0 * forces)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_stress_is_not_the_slope_of_the_energy(case):
-    atoms, model, unit = CASES[case][0], build(**CASES[case][1]), np.eye(9).reshape(9, 3, 3)
-
-    def strained(n, step):
-        return rotated(atoms, np.eye(3) + step * (unit[n] + unit[n].T) / 2)
-    out, volume = evaluate(model, atoms), abs(np.linalg.det(atoms.cell)) or np.nan
-    same("virial", out["virial"][0], slopes(model, strained, 9).reshape(3, 3), "differences")
+def check_slopes(atoms, **config):
+    """Forces, virial and stress against central differences of the energy, all of them in one batch."""
+    model, step, changed = build(**config), 2e-5, []
+    for n, sign in product(range(3 * len(atoms)), (step, -step)):
+        changed.append(atoms.copy())
+        changed[-1].positions.flat[n] += sign
+    for n, sign in product(range(9), (step, -step)):
+        strain = sign * np.eye(9)[n].reshape(3, 3)
+        changed.append(rotated(atoms, np.eye(3) + (strain + strain.T) / 2))
+    out, energy = evaluate(model, atoms), evaluate(model, *changed)["energy"]
+    slopes, volume = (energy[::2] - energy[1::2]) / (2 * step), abs(np.linalg.det(atoms.cell)) or np.nan
+    same("forces", out["forces"].ravel(), -slopes[:-9], "differences")
+    same("virial", out["virial"].ravel(), slopes[-9:], "differences")
     same("stress", out["stress"], out["virial"] / volume, "formula")
-    differ("virial", out["virial"], 0 * out["virial"])
+
+
+@everywhere
+def test_forces_or_stress_are_not_slopes_of_the_energy(atoms, R, seed):
+    check_slopes(atoms)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "silu, fine"])
+def test_derivatives_only_for_the_default_config(name):
+    check_slopes(TRICLINIC, **MODELS[name])
 
 
 @pytest.mark.parametrize("config", (dict(), dict(first_knot=1.2), dict(activation="silu")), ids=str)
@@ -632,7 +623,7 @@ def energy_drift(step=0.5, wrong=0.0) -> float:
 def test_molecular_dynamics_heats_or_cools():
     same("drift", energy_drift(), 0, "drift")
     differ("drift with forces 10 % too large", energy_drift(wrong=0.1), 0)
-    differ("drift with steps ten times too long", energy_drift(step=5.0), 0)
+    differ("drift with steps five times too long", energy_drift(step=2.5), 0)
 
 
 def test_training_cannot_overfit_one_crystal():
@@ -759,12 +750,10 @@ def test_cuda_differs_from_cpu(name, dtype, tol):
 
 CROSS = "torch.linalg.cross(torch.eye(3)[:, None], torch.eye(3)[None]).double()"  # l = 1 × l = 1 → l = 1, of odd parity
 PLANTED = {  # what is broken: the test or check that must notice, its arguments, {code in facet.py: what replaces it}
-    "src and dst swapped in the forces": (test_forces_are_not_the_slope_of_the_energy, ["triclinic"], {
+    "src and dst swapped in the forces": (check_slopes, [TRICLINIC], {
         "g.sum(1).index_add(0, batch.src.flatten(), -g": "(-g.sum(1)).index_add(0, batch.src.flatten(), g"}),
-    "sign of the stress": (test_stress_is_not_the_slope_of_the_energy, ["triclinic"], {
-        "virial = vectors.mT @ g": "virial = -vectors.mT @ g"}),
-    "volume with a sign": (test_stress_is_not_the_slope_of_the_energy, ["left-handed"], {
-        "vectors, abs(np.linalg.det": "vectors, (np.linalg.det"}),
+    "sign of the stress": (check_slopes, [TRICLINIC], {"virial = vectors.mT @ g": "virial = -vectors.mT @ g"}),
+    "volume with a sign": (check_slopes, [PINNED["left-handed"]], {"vectors, abs(np.linalg": "vectors, (np.linalg"}),
     "lost √(2l+1)": (test_harmonics_differ_from_scipy, [], {"sqrt((2 * l + 1) * (2 if m": "sqrt((2 if m"}),
     "lost √2 for m > 0": (check_rotation, [TRICLINIC], {"(2 if m else 1) *": "1 *"}),
     "spline that ends behind the cutoff": (test_energy_has_a_kink_at_the_cutoff, [{}], {
@@ -802,7 +791,7 @@ PLANTED = {  # what is broken: the test or check that must notice, its arguments
 def test_planted(bug, monkeypatch):
     check, arguments, changes = PLANTED[bug]
     check(*arguments)
-    source = Path(facet.__file__).read_text()
+    source = Path(facet.__file__).read_text(encoding="utf-8")
     for old, new in changes.items():
         assert source.count(old) == 1, f"facet.py should contain {old!r} once: bring this table up to date"
         source = source.replace(old, new)

@@ -36,13 +36,6 @@ sys.path.insert(0, str(ROOT))
 import facet  # noqa: E402
 
 JOBS = ("energy+forces", "training step")
-PEAK_MEMORY = """
-import resource, sys, density
-atoms = density.silicon({n})
-atoms.calc = density.facet.FacetCalculator(density.facet.Facet(density.facet.Config(("Si",))), "cpu")
-atoms.get_forces()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9)
-"""
 
 
 def clock(job: Callable) -> float:
@@ -53,7 +46,7 @@ def clock(job: Callable) -> float:
 
 
 def in_turn(jobs: dict[str, Callable], seconds: float) -> dict[str, float]:
-    """Median milliseconds of each job. All run once a round, until the seconds are spent; the first round is a warm-up."""
+    """Median milliseconds of each job. All run once a round until the seconds are spent; the first is left out."""
     end, rounds = np.inf, []
     while len(rounds) < 4 or time.perf_counter() < end:
         rounds.append([clock(job) for job in jobs.values()])
@@ -72,12 +65,12 @@ def silicon(n: int) -> ase.Atoms:
 
 
 def hardware() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(": ")[1] for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    names = [line.split(": ")[1] for line in info.splitlines() if line.startswith("model name")]
+    return f"{(names or [platform.processor()])[0]}, {os.cpu_count()} cores"
 
 
-# ─── 1 Density against edge-wise ───────────────────────────────────────────────────────────────────────────────────────
+# ─── 1 Density against edge-wise ─────────────────────────────────────────────────────────────────────────────────────
 
 class EdgeWiseDensity(facet.Density):
     """The same layer evaluated as it is written, edge by edge: what codes do whose radial functions come from an MLP.
@@ -185,7 +178,7 @@ def compare(title: str, make: Callable, batch: facet.Batch, config: facet.Config
     return result
 
 
-# ─── 2 Share of the peak ───────────────────────────────────────────────────────────────────────────────────────────────
+# ─── 2 Share of the peak ─────────────────────────────────────────────────────────────────────────────────────────────
 
 def share_of_peak(layer: dict, batch: facet.Batch, config: facet.Config) -> dict:
     """Matrix products of the layer over its whole time, in GFLOP/s, against the best of a large product."""
@@ -195,8 +188,8 @@ def share_of_peak(layer: dict, batch: facet.Batch, config: facet.Config) -> dict
     # NeighbourSum is N·B products [M, K] × [K, M·C/B]; NeighbourDot and NeighbourSpread are as large. The coupling is N
     # products G [rows, M·M] × D [M·M, C], zeros of G included.
     neighbour, coupling = 2 * N * K * M * M * C, 2 * N * rows * M * M * C
-    # Energy: Sum, G. Its gradient: Gᵀ, Dot, Spread. Training, the derivative of all that: of Dot (Sum, Spread), of Spread
-    # (Sum, Dot), of Gᵀ (G), of G (Gᵀ), of Sum (Dot, Spread).
+    # Energy: Sum, G. Its gradient: Gᵀ, Dot, Spread. Training, the derivative of all that: of Dot (Sum, Spread), of
+    # Spread (Sum, Dot), of Gᵀ (G), of G (Gᵀ), of Sum (Dot, Spread).
     result = {"peak_gflops": peak}
     for name, operations in zip(JOBS, (3 * neighbour + 2 * coupling, 9 * neighbour + 4 * coupling)):
         rate = operations / layer[name]["density_ms"] / 1e6
@@ -206,7 +199,7 @@ def share_of_peak(layer: dict, batch: facet.Batch, config: facet.Config) -> dict
     return result
 
 
-# ─── 3 Many atoms ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ─── 3 Many atoms ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def scaling(sizes: list[int], seconds: float) -> dict:
     """Energy, forces and stress of the default model for cubes of silicon, neighbours given."""
@@ -225,18 +218,28 @@ def scaling(sizes: list[int], seconds: float) -> dict:
     return {"ms": ms, "exponent": exponent, "from": first, "to": last}
 
 
+PEAK_MEMORY = """
+import resource, sys, density
+atoms = density.silicon({n})
+atoms.calc = density.facet.FacetCalculator(density.facet.Facet(density.facet.Config(("Si",))), "cpu")
+atoms.get_forces()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9)
+"""
+
+
 def peak_memory(n: int) -> float:
     """GB that a fresh process holds at most when the calculator evaluates 8 n³ atoms; Python and PyTorch included."""
-    child = subprocess.run([sys.executable, "-c", PEAK_MEMORY.format(n=n)], cwd=Path(__file__).parent, check=True, stdout=-1)
-    print(f"memory: {float(child.stdout):.2f} GB at most for {8 * n ** 3} silicon atoms through the calculator")
-    return float(child.stdout)
+    command = [sys.executable, "-c", PEAK_MEMORY.format(n=n)]
+    gigabytes = float(subprocess.check_output(command, cwd=Path(__file__).parent))
+    print(f"memory: {gigabytes:.2f} GB at most for {8 * n ** 3} silicon atoms through the calculator")
+    return gigabytes
 
 
-# ─── 4 The neighbour list ──────────────────────────────────────────────────────────────────────────────────────────────
+# ─── 4 The neighbour list ────────────────────────────────────────────────────────────────────────────────────────────
 
 def neighbour_share(sizes: list[int], seconds: float) -> dict:
     """Share of find_neighbours, and of make_batch, in FacetCalculator.calculate; positions are new every time."""
-    config, result, rng, found = facet.Config(("Si",)), {}, np.random.default_rng(1), {}
+    config, result, rng, latest = facet.Config(("Si",)), {}, np.random.default_rng(1), []
     calculator = facet.FacetCalculator(facet.Facet(config), "cpu")
     for atoms in map(silicon, sizes):
         def calculate():
@@ -244,44 +247,48 @@ def neighbour_share(sizes: list[int], seconds: float) -> dict:
             calculator.calculate(atoms)
 
         def find():
-            found[atoms] = facet.find_neighbours(atoms, config)
-        pad = lambda: facet.make_batch([found], config.cutoff)
+            latest[:] = [facet.find_neighbours(atoms, config)]
+
+        def pad():
+            facet.make_batch(latest, config.cutoff)
         total, search, padding = in_turn({"calculate": calculate, "find": find, "pad": pad}, seconds).values()
         result[len(atoms)] = {"calculate_ms": total, "find_neighbours_ms": search, "make_batch_ms": padding,
-                              "share": search / total, "share_with_make_batch": (search + padding) / total}
+                              "share": search / total, "make_batch_share": padding / total}
         print(f"    {len(atoms):6d} atoms   calculate {total:8.2f} ms   find_neighbours {search:6.2f} ms, "
               f"{100 * search / total:4.1f} %   make_batch {padding:5.2f} ms, {100 * padding / total:4.1f} %")
     return result
 
 
-# ─── All of it ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ─── All of it ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def measure(quick: bool, batch: facet.Batch, mean: float) -> dict:
     """Everything but the memory, at the present number of threads."""
-    narrow, wide = (facet.Config(("Cu",), channels=C, mean_neighbours=mean) for C in (32, 64))
-    n, seconds = ([1, 2, 4], 0.5) if quick else ([1, 2, 4, 8, 11], 8)
+    n, seconds = ([1, 2, 4], 0.4) if quick else ([1, 2, 4, 8, 11], 8)
+    result, (narrow, wide) = {}, (facet.Config(("Cu",), channels=C, mean_neighbours=mean) for C in (32, 64))
     print("  1 density against edge-wise: L = 2, 8 groups, 64 atoms")
-    layer = compare("layer, C = 64", layer_jobs, batch, wide, seconds)
-    models = [compare(f"whole model, C = {c.channels}", model_jobs, batch, c, seconds) for c in (narrow, wide)]
+    result["layer"] = compare("layer, C = 64", layer_jobs, batch, wide, seconds)
+    for config in (narrow, wide):
+        name = f"model, C = {config.channels}"
+        result[name] = compare(name, model_jobs, batch, config, seconds)
     print("  2 share of the matrix-product peak")
-    peak = share_of_peak(layer, batch, wide)
+    result["peak"] = share_of_peak(result["layer"], batch, wide)
     print("  3 the whole default model, silicon")
-    many = scaling(n, seconds)
+    result["scaling"] = scaling(n, seconds)
     print("  4 the neighbour list in an evaluation through the calculator")
-    neighbours = neighbour_share(n[:4], seconds / 4)
-    return {"layer": layer, "model_32": models[0], "model_64": models[1], "peak": peak, "scaling": many, "neighbours": neighbours}
+    result["neighbours"] = neighbour_share(n[:4], seconds / 4)
+    return result
 
 
 def goals(memory: float, runs: list[dict]) -> dict:
-    """What was reached, the worst of all thread counts, beside what was wanted."""
-    ratio = {name: min(run["layer"][name]["ratio"] for run in runs) for name in JOBS}
-    share = max(100 * n["share"] for run in runs for n in run["neighbours"].values())
+    """What was reached, at the worse number of threads, beside what was wanted."""
+    worst = [(f"layer, {name}, edge-wise/density", min(run["layer"][name]["ratio"] for run in runs), "at least", goal)
+             for name, goal in zip(JOBS, (3.5, 5.0))]
+    worst += [("exponent of the number of atoms", max(run["scaling"]["exponent"] for run in runs), "at most", 1.1),
+              ("memory, GB", memory, "at most", 8.0),
+              ("neighbour list in an evaluation, %",
+               max(100 * n["share"] for run in runs for n in run["neighbours"].values()), "at most", 15.0)]
     table = {}
-    for name, value, sign, goal in (("layer, energy+forces, edge-wise/density", ratio[JOBS[0]], "at least", 3.5),
-                                    ("layer, training step, edge-wise/density", ratio[JOBS[1]], "at least", 5.0),
-                                    ("exponent of the number of atoms", max(r["scaling"]["exponent"] for r in runs), "at most", 1.1),
-                                    ("memory of the largest evaluation, GB", memory, "at most", 8.0),
-                                    ("neighbour list in an evaluation, %", share, "at most", 15.0)):
+    for name, value, sign, goal in worst:
         reached = value >= goal if sign == "at least" else value <= goal
         table[name] = {"value": value, "goal": f"{sign} {goal}", "reached": reached}
         print(f"    {name:42s} {value:6.2f}   goal: {sign} {goal}, {'reached' if reached else 'MISSED'}")
@@ -293,8 +300,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a smoke run that writes nothing")
     quick, start, load = parser.parse_args().quick, time.perf_counter(), os.getloadavg()[0]
     batch, mean = copper()
-    results = {"command": " ".join(["python benchmarks/density.py", *sys.argv[1:]]), "hardware": hardware(), "load": load,
-               "torch": torch.__version__, "dtype": "float32", "mean_neighbours": mean, "padded_neighbours": batch.src.shape[1]}
+    results = {"command": " ".join(["python benchmarks/density.py", *sys.argv[1:]]), "hardware": hardware(),
+               "load": load, "torch": torch.__version__, "dtype": "float32", "mean_neighbours": mean,
+               "padded_neighbours": batch.src.shape[1]}
     print(f"{results['hardware']}, load {load:.1f}, torch {torch.__version__}, float32\n"
           f"copper: {len(batch.src)} atoms, {mean:.1f} neighbours on average, padded to {batch.src.shape[1]}")
     results["memory_GB"] = peak_memory(4 if quick else 8)  # first: on Linux a child's ru_maxrss begins at its parent's
@@ -303,7 +311,7 @@ def main() -> None:
         torch.set_num_threads(threads)
         print(f"{threads} thread{'s' * (threads > 1)}")
         results["threads"][threads] = measure(quick, batch, mean)
-    print("goals, for the worse thread count")
+    print("goals, and the worse of the two thread counts")
     results["goals"] = goals(results["memory_GB"], list(results["threads"].values()))
     results["seconds"] = time.perf_counter() - start
     print(f"{results['seconds']:.0f} s")
