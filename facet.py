@@ -76,8 +76,9 @@ class Config:
             value = getattr(self, field.name)
             many = field.name in ("species", "reference_energies")
             object.__setattr__(self, field.name, tuple(np.asarray(value).tolist()) if many else type(field.default)(value))
-        if not self.species or any(symbol not in atomic_numbers for symbol in self.species):
-            raise ValueError(f"species must be chemical symbols, such as ('Si', 'O'), not {self.species}")
+        known = [symbol for symbol in self.species if symbol in atomic_numbers]
+        if not known or len(set(known)) < len(self.species):
+            raise ValueError(f"species must be different chemical symbols, such as ('Si', 'O'), not {self.species}")
         if min(self.layers, self.groups) < 1 or self.degree < 0 or self.splines < 4:
             raise ValueError("layers and groups must be at least 1, degree at least 0, splines at least 4")
         if self.channels < 1 or self.channels % self.groups:
@@ -86,6 +87,8 @@ class Config:
             raise ValueError(f'activation must be "product" or "silu", not "{self.activation}"')
         if not 0 <= self.first_knot < self.cutoff:
             raise ValueError(f"first_knot ({self.first_knot} Å) must lie between 0 and the cutoff ({self.cutoff} Å)")
+        if not self.mean_neighbours > 0 or self.grid_degree < 0:
+            raise ValueError("mean_neighbours must be positive and grid_degree not negative")
         if len(self.reference_energies) not in (0, len(self.species)):
             raise ValueError("reference_energies needs one energy per species, or none at all")
 
@@ -570,16 +573,21 @@ class Layer(nn.Module):
         self.grid = {"product": ProductGrid, "silu": SiluGrid}[config.activation](l_out, config)
 
     def forward(self, h: Tensor, species: Tensor, index: Tensor, phi: Tensor, Y: Tensor) -> Tensor:
-        """h [N, (l_in+1)², C] → [N, (l_out+1)², C]; the rest as in Density."""
-        message = self.mix(self.density(h, index, phi, Y), len(h))  # [N, M, C]
-        return self.grid((message + self.skip(h, species)) / sqrt(2))  # [N, M, C]
+        """h [N+Z, (l_in+1)², C] → [N+Z, (l_out+1)², C]; the rest as in Density. The last Z rows have no neighbours."""
+        N, Z = len(phi), len(h) - len(phi)
+        message = self.mix(self.density(h[:N], index, phi, Y), N)  # [N, M, C]
+        message = nn.functional.pad(message, (0, 0, 0, 0, 0, Z))  # [N+Z, M, C]
+        return self.grid((message + self.skip(h, species)) / sqrt(2))  # [N+Z, M, C]
 
 
 class Facet(nn.Module):
     """The interatomic potential. Build with `Facet(config)`, call with a Batch, or use FacetCalculator.
 
+        E = Σ_i E0[z_i] + energy_scale · (h_i − h_alone[z_i]) · readout
+
     The first layer takes scalars (the embedded species), the last gives scalars (the energy), those between carry degrees
-    0 … L. Each layer sees one cutoff further.
+    0 … L. Each layer sees one cutoff further. What the network makes of an atom without neighbours is subtracted, so that
+    the energy of an isolated atom is E0: one atom of each species rides along in every batch, after the N real ones.
     """
 
     def __init__(self, config: Config, dtype: torch.dtype = torch.float32):
@@ -602,10 +610,12 @@ class Facet(nn.Module):
         phi = self.splines(r).view(N, K, -1, B, L + 1).permute(2, 0, 3, 4, 1).contiguous()  # [T, N, B, L+1, K]
         Y = harmonics(batch.vectors / r[..., None], L).mT.contiguous()  # [N, M, K]
         index = (batch.src[:, None] * B + torch.arange(B, device=r.device)[:, None]).flatten(0, 1)  # [N B, K]
-        h = self.embedding[batch.species][:, None]  # [N, 1, C]
+        species = torch.cat([batch.species, torch.arange(len(self.embedding), device=r.device)])  # [N+Z]
+        h = self.embedding[species][:, None]  # [N+Z, 1, C]
         for layer, phi_t in zip(self.layers, phi):
-            h = layer(h, batch.species, index, phi_t, Y)  # [N, M, C], the last [N, 1, C]
-        e = h[:, 0] @ self.readout  # [N]
+            h = layer(h, species, index, phi_t, Y)  # [N+Z, M, C], the last [N+Z, 1, C]
+        e, alone = (h[:, 0] @ self.readout).split([N, len(self.embedding)])  # [N], [Z]
+        e = e - alone[batch.species]  # [N]
         return e.double() * self.config.energy_scale + self.E0[batch.species]  # [N]
 
     def forward(self, batch: Batch, training: bool = False) -> dict[str, Tensor]:
@@ -635,11 +645,14 @@ class Facet(nn.Module):
 def save(model: Facet, path: str | Path, **more) -> None:
     """Write tensors and the plain config to path. A temporary file is renamed into place: no half-written checkpoint."""
     temporary = Path(f"{path}.part")
-    with open(temporary, "wb") as file:
-        torch.save({"facet": 1, "config": asdict(model.config), "state": model.state_dict(), **more}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"facet": 1, "config": asdict(model.config), "state": model.state_dict(), **more}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load(path: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> Facet:

@@ -260,23 +260,11 @@ def silu_grid(x, W1, W3, b, degree):
 
 # ─── §8 The network ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-def evaluate(config, state, symbols, positions, cell, pbc):
-    """Energy of a crystal and everything on the way to it, by the names that facet.py uses.
-
-    Of every layer t in turn: A (for each l3), message, skip, and h after the grid layer, each in a list over t.
-    """
-    L, T, B = config["degree"], config["layers"], config["groups"]
-    species = [config["species"].index(symbol) for symbol in symbols]  # [N]
-    dst, src, shift, vectors = neighbours(np.asarray(positions, float), np.asarray(cell, float), pbc, config["cutoff"])
-    r = np.linalg.norm(vectors, axis=1)  # [E]
-    phi = radial_splines(r, state["splines.coefficients"], config["first_knot"], config["cutoff"])  # [E, T B (L+1)]
-    phi = phi.reshape(-1, T, B, L + 1)  # [E, T, B, L+1]
-    Y = harmonics(vectors, L)  # [E, M]
-    out = {"dst": dst, "src": src, "shift": shift, "vectors": vectors, "r": r, "phi": phi, "Y": Y,
-           "A": [], "message": [], "skip": [], "h": []}
-
+def features(config, state, species, dst, src, phi, Y):
+    """A (for each l3), message, skip, and h after the grid layer, each in a list over the layers t."""
+    out = {"A": [], "message": [], "skip": [], "h": []}
     h = state["embedding"][species][:, None]  # [N, 1, C]
-    degrees = [0] + [L] * (T - 1) + [0]  # scalars come in, scalars go out
+    degrees = [0] + [config["degree"]] * (config["layers"] - 1) + [0]  # scalars come in, scalars go out
     for t, (l_in, l_out) in enumerate(zip(degrees, degrees[1:])):
         own = {name.removeprefix(f"layers.{t}."): w for name, w in state.items() if name.startswith(f"layers.{t}.")}
         A = messages(h, dst, src, phi[:, t], Y, l_in, l_out, config["mean_neighbours"])  # l3 × [N, 2·l3+1, Q_l3 C]
@@ -290,10 +278,27 @@ def evaluate(config, state, symbols, positions, cell, pbc):
             h = silu_grid(x, own["grid.W1.W"], own["grid.W3.W"], own["grid.b"], degree)  # [N, M, C]
         for name, value in zip(("A", "message", "skip", "h"), (A, message, skipped, h)):
             out[name].append(value)
+    return out
+
+
+def evaluate(config, state, symbols, positions, cell, pbc):
+    """Energy of a crystal and everything on the way to it, by the names that facet.py uses."""
+    L, T, B = config["degree"], config["layers"], config["groups"]
+    species = [config["species"].index(symbol) for symbol in symbols]  # [N]
+    dst, src, shift, vectors = neighbours(np.asarray(positions, float), np.asarray(cell, float), pbc, config["cutoff"])
+    r = np.linalg.norm(vectors, axis=1)  # [E]
+    phi = radial_splines(r, state["splines.coefficients"], config["first_knot"], config["cutoff"])  # [E, T B (L+1)]
+    phi = phi.reshape(-1, T, B, L + 1)  # [E, T, B, L+1]
+    Y = harmonics(vectors, L)  # [E, M]
+    out = {"dst": dst, "src": src, "shift": shift, "vectors": vectors, "r": r, "phi": phi, "Y": Y,
+           **features(config, state, species, dst, src, phi, Y)}
 
     E0 = config["reference_energies"] or [0.0] * len(config["species"])  # [Z]
-    out["energies"] = np.array([h[i, 0] @ state["readout"] * config["energy_scale"] + E0[z]
-                                for i, z in enumerate(species)])  # [N]
+    energies = []
+    for i, z in enumerate(species):
+        alone = features(config, state, [z], dst[:0], src[:0], phi[:0], Y[:0])["h"][-1]  # [1, 1, C] without neighbours
+        energies.append(E0[z] + config["energy_scale"] * (out["h"][-1][i, 0] - alone[0, 0]) @ state["readout"])
+    out["energies"] = np.array(energies)  # [N]
     out["energy"] = float(out["energies"].sum())
     return out
 

@@ -200,7 +200,7 @@ def features(model, atoms: Atoms) -> dict:
     for t, layer in enumerate(model.layers):
         for part in ("density", "mix", "skip", "grid", ""):  # "" is the layer itself
             def keep(module, inputs, output, key=(t, part)):
-                found.setdefault(key, [a.detach() for a in output] if key[1] == "density" else output.detach().numpy())
+                found.setdefault(key, [a.detach() for a in output] if key[1] == "density" else output.detach().numpy()[:len(atoms)])
             hooks.append(layer.get_submodule(part).register_forward_hook(keep))
     evaluate(model, atoms)
     for hook in hooks:

@@ -22,9 +22,9 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from math import log
 from pathlib import Path
-from typing import Callable
 
 import ase.build
 import numpy as np
@@ -33,7 +33,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import facet  # noqa: E402
+import facet
 
 JOBS = ("energy+forces", "training step")
 
@@ -242,11 +242,11 @@ def neighbour_share(sizes: list[int], seconds: float) -> dict:
     config, result, rng, latest = facet.Config(("Si",)), {}, np.random.default_rng(1), []
     calculator = facet.FacetCalculator(facet.Facet(config), "cpu")
     for atoms in map(silicon, sizes):
-        def calculate():
+        def calculate(atoms=atoms):
             atoms.positions += rng.normal(0, 0.01, atoms.positions.shape)
             calculator.calculate(atoms)
 
-        def find():
+        def find(atoms=atoms):
             latest[:] = [facet.find_neighbours(atoms, config)]
 
         def pad():
