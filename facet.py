@@ -19,6 +19,7 @@ Glossary
     L  highest degree l of a feature          R  B-splines on the radial axis
     M  (L+1)², number of (l, m)               P  points of the Lebedev grid
     Q  paths (l1, l2, l3) of a layer          Z  chemical species
+    A  rows N·B, one per atom and group (§5)  X  whatever a row holds, (l1 m1 c)
 
 Conventions
     units       Å, eV, eV/Å, eV/Å³
@@ -34,6 +35,7 @@ It does not include: charges, spins, long-range forces, odd-parity couplings, di
 """
 from __future__ import annotations
 
+import copy
 import os
 import time
 from dataclasses import asdict, dataclass, fields
@@ -113,7 +115,7 @@ class Batch(NamedTuple):
     volume: Tensor                     # [S] Å³
 
     def to(self, device) -> Batch:
-        return Batch(*(t.to(device, non_blocking=True) for t in self))
+        return Batch(*(tensor.to(device) for tensor in self))
 
 
 def neighbour_list(positions: np.ndarray, cell: np.ndarray, pbc, cutoff: float):
@@ -150,13 +152,10 @@ def neighbour_list(positions: np.ndarray, cell: np.ndarray, pbc, cutoff: float):
     home = positions + fold @ cell  # [N, 3]
     places = positions[ghost] + shift @ cell  # [G, 3]
     pairs = cKDTree(home).sparse_distance_matrix(cKDTree(places), cutoff, output_type="ndarray")
-    dst, other = pairs["i"], pairs["j"]
-    keep = (ghost[other] != dst) | (shift[other] != fold[dst]).any(1)  # an atom is not its own neighbour, its images are
-    dst, other = dst[keep], other[keep]
-    order = np.argsort(dst, kind="stable")
-    dst, other = dst[order], other[order]
-    src = ghost[other]
-    vectors = places[other] - home[dst]  # [E, 3]
+    pairs = pairs[np.argsort(pairs["i"], kind="stable")]
+    itself = (ghost[pairs["j"]] == pairs["i"]) & (shift[pairs["j"]] == fold[pairs["i"]]).all(1)  # its images stay
+    dst, other = pairs["i"][~itself], pairs["j"][~itself]  # [E], [E]
+    src, vectors = ghost[other], places[other] - home[dst]  # [E], [E, 3]
     touching = np.flatnonzero((vectors ** 2).sum(1) < 1e-6)  # Å²
     if len(touching):
         raise ValueError(f"atoms {dst[touching[0]]} and {src[touching[0]]} sit on one spot (closer than 0.001 Å)")
@@ -251,12 +250,8 @@ class RadialSplines(nn.Module):
         distances [n] Å are those that occur (an MLP is to be imitated where it is used); without, the whole axis counts
         as in a uniform medium. Returns the root mean square error of each function, [count].
         """
-        if distances is None:
-            r = torch.linspace(self.first, self.cutoff, 1024, dtype=torch.float64)
-            weight = r / self.cutoff  # √ of the shell's volume
-        else:
-            r = distances.double()
-            weight = torch.ones_like(r)
+        r = torch.linspace(self.first, self.cutoff, 1024, dtype=torch.float64) if distances is None else distances.double()
+        weight = r / self.cutoff if distances is None else torch.ones_like(r)  # √ of the shell's volume, or what occurs
         target = f(r).double() * weight[:, None]  # [n, count]
         design = self.basis(r) * weight[:, None]  # [n, R]
         fitted = torch.linalg.lstsq(design, target, driver="gelsd").solution  # [R, count]
@@ -511,12 +506,10 @@ class GridLayer(nn.Module):
         self.register_buffer("to_rows", (weights[:, None] * self.to_grid).T.contiguous(), persistent=False)  # [M, P]
 
     def on_grid(self, x: Tensor) -> Tensor:
-        """[N, M, C] → [P, N, C]."""
-        return torch.tensordot(self.to_grid, x, ([1], [1]))  # [P, N, C]
+        return torch.tensordot(self.to_grid, x, ([1], [1]))  # [N, M, C] → [P, N, C]
 
     def from_grid(self, g: Tensor) -> Tensor:
-        """[P, N, C] → [N, M, C]."""
-        return torch.tensordot(self.to_rows, g, ([1], [0])).transpose(0, 1)  # [N, M, C]
+        return torch.tensordot(self.to_rows, g, ([1], [0])).transpose(0, 1)  # [P, N, C] → [N, M, C]
 
 
 class ProductGrid(GridLayer):
@@ -630,14 +623,13 @@ class Facet(nn.Module):
         with torch.enable_grad():
             energies = self.atomic_energies(batch._replace(vectors=vectors))  # [N]
             g = torch.autograd.grad(energies.sum(), vectors, create_graph=training)[0]  # [N, K, 3]
-        with torch.set_grad_enabled(training):
-            energy = energies.new_zeros(S).index_add(0, batch.crystal, energies)  # [S]
-            forces = g.sum(1).index_add(0, batch.src.flatten(), -g.flatten(0, 1))  # [N, 3]
-            virial = vectors.mT @ g  # [N, 3, 3]
-            virial = virial.new_zeros(S, 3, 3).index_add(0, batch.crystal, (virial + virial.mT) / 2)  # [S, 3, 3]
-            stress = virial / batch.volume[:, None, None].to(g)  # [S, 3, 3]
-        return {"energy": energy, "energies": energies if training else energies.detach(), "forces": forces,
-                "virial": virial, "stress": stress}
+        energy = energies.new_zeros(S).index_add(0, batch.crystal, energies)  # [S]
+        forces = g.sum(1).index_add(0, batch.src.flatten(), -g.flatten(0, 1))  # [N, 3]
+        virial = vectors.mT @ g  # [N, 3, 3]
+        virial = virial.new_zeros(S, 3, 3).index_add(0, batch.crystal, (virial + virial.mT) / 2)  # [S, 3, 3]
+        stress = virial / batch.volume[:, None, None].to(g)  # [S, 3, 3]
+        out = {"energy": energy, "energies": energies, "forces": forces, "virial": virial, "stress": stress}
+        return out if training else {name: value.detach() for name, value in out.items()}
 
 
 # ─── §9 Use: files and the ASE calculator ──────────────────────────────────────────────────────────────────────────────
@@ -682,11 +674,12 @@ class FacetCalculator(Calculator):
         super().__init__(**kwargs)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if isinstance(model, Facet):
-            original, model = model, Facet(model.config, dtype).to(device)
-            model.load_state_dict(original.state_dict())
+            self.model = Facet(model.config, dtype).to(device)
+            self.model.load_state_dict(model.state_dict())
         else:
-            model = load(model, device, dtype)
-        self.model, self.device, self.dtype = model.requires_grad_(False), device, dtype
+            self.model = load(model, device, dtype)
+        self.model.requires_grad_(False)
+        self.device, self.dtype = device, dtype
 
     def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes):
         super().calculate(atoms, properties, system_changes)
@@ -709,8 +702,7 @@ def rotation_of_rows(R: Tensor, L: int) -> Tensor:
 
 def random_alloy(atoms: int, seed: int = 0) -> ase.Atoms:
     """A rattled silicon-like crystal, half of it carbon."""
-    rng = np.random.default_rng(seed)
-    n = round((atoms / 8) ** (1 / 3))
+    rng, n = np.random.default_rng(seed), round((atoms / 8) ** (1 / 3))
     crystal = ase.build.bulk("Si", cubic=True) * (n, n, n)
     crystal.symbols = rng.choice(["Si", "C"], len(crystal))
     crystal.positions += rng.normal(0, 0.1, (len(crystal), 3))
@@ -743,12 +735,12 @@ def check_variance(model: Facet, batch: Batch) -> None:
         def hook(module, inputs, out):
             print(f"    {name:18s}", *(f"{out[:, degree(l)].square().mean():8.2f}" for l in range(round(sqrt(out.shape[1])))))
         return hook
-    hooks = [getattr(layer, stage).register_forward_hook(show(f"{t + 1} {stage}"))
-             for t, layer in enumerate(model.layers) for stage in ("mix", "skip", "grid")]
+    model = copy.deepcopy(model)  # it keeps the hooks
+    for t, layer in enumerate(model.layers):
+        for stage in ("mix", "skip", "grid"):
+            getattr(layer, stage).register_forward_hook(show(f"{t + 1} {stage}"))
     print("second moments of the features: layer, stage, l = 0 1 2 …")
     model(batch)
-    for hook in hooks:
-        hook.remove()
 
 
 def check_symmetry(model: Facet, crystal: ase.Atoms, R: np.ndarray) -> None:
@@ -764,15 +756,14 @@ def check_symmetry(model: Facet, crystal: ase.Atoms, R: np.ndarray) -> None:
     print(f"symmetry                energy {abs(there['energy'] - here['energy'])[0]:.1e} eV, forces "
           f"{abs(there['forces'] - here['forces'][order] @ R.T).max():.1e} eV/Å, stress "
           f"{abs(there['stress'] - R @ here['stress'] @ R.T).max():.1e} eV/Å³")
-    step, strain, plus, minus = 1e-4, np.zeros((3, 3)), crystal.copy(), crystal.copy()
-    plus.positions[0, 0] += step
-    minus.positions[0, 0] -= step
-    force = (evaluate(minus)["energy"] - evaluate(plus)["energy"])[0] / (2 * step)
-    strain[0, 1] = strain[1, 0] = step / 2
-    for atoms, sign in ((plus, 1), (minus, -1)):
-        atoms.positions = crystal.positions
-        atoms.set_cell(crystal.cell.array @ (np.eye(3) + sign * strain), scale_atoms=True)
-    stress = (evaluate(plus)["energy"] - evaluate(minus)["energy"])[0] / (2 * step) / crystal.get_volume()
+    step, energy = 1e-4, {}  # Å, or strain
+    for sign in (1, -1):
+        pushed, sheared = crystal.copy(), crystal.copy()
+        pushed.positions[0, 0] += sign * step
+        strain = np.eye(3) + sign * step / 2 * np.array([[0, 1, 0], [1, 0, 0], [0, 0, 0]])
+        sheared.set_cell(crystal.cell.array @ strain, scale_atoms=True)
+        energy[sign] = np.array([evaluate(pushed)["energy"][0], evaluate(sheared)["energy"][0]])
+    force, stress = (energy[1] - energy[-1]) / (2 * step) / [-1, crystal.get_volume()]
     print(f"central differences     force {abs(force - here['forces'][0, 0]):.1e} eV/Å, "
           f"shear stress {abs(stress - here['stress'][0, 0, 1]):.1e} eV/Å³")
 
@@ -780,12 +771,9 @@ def check_symmetry(model: Facet, crystal: ase.Atoms, R: np.ndarray) -> None:
 def check_speed(config: Config) -> None:
     """Parameters by part; milliseconds for energy, forces and stress in float32, neighbours given."""
     model = Facet(config).requires_grad_(False)
-    parts = {"splines": [model.splines], "mix": [l.mix for l in model.layers], "skip": [l.skip for l in model.layers],
-             "grid": [l.grid for l in model.layers]}
-    count = {name: sum(p.numel() for part in group for p in part.parameters()) for name, group in parts.items()}
-    total = sum(p.numel() for p in model.parameters())
-    print(f"parameters              {total}:", ", ".join(f"{name} {n}" for name, n in count.items()),
-          f"ends {total - sum(count.values())}")
+    count = {part: sum(p.numel() for name, p in model.named_parameters() if part in name)
+             for part in ("splines", "mix", "skip", "grid", "embedding", "readout")}
+    print(f"parameters              {sum(count.values())}:", ", ".join(f"{part} {n}" for part, n in count.items()))
     for atoms in (8, 64, 512):
         batch, times = make_batch([find_neighbours(random_alloy(atoms), config)], config.cutoff), []
         for _ in range(8):
@@ -802,11 +790,10 @@ def self_check() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         check_parts(torch.from_numpy(R))
-        config, crystal = Config(("C", "Si"), mean_neighbours=28.0), random_alloy(64)
-        model = Facet(config, torch.float64).requires_grad_(False)
-        check_variance(model, make_batch([find_neighbours(crystal, config)], config.cutoff, torch.float64))
+        model, crystal = Facet(Config(("C", "Si"), mean_neighbours=28.0), torch.float64), random_alloy(64)
+        check_variance(model, make_batch([find_neighbours(crystal, model.config)], model.config.cutoff, torch.float64))
         check_symmetry(model, crystal, R)
-        check_speed(config)
+        check_speed(model.config)
 
 
 if __name__ == "__main__":

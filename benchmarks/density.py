@@ -12,6 +12,9 @@ Prints, at one thread and at two:
     4  the share of the neighbour list in an evaluation through the ASE calculator;
 and the goals, with what was reached. What is compared is timed in turn, in one process; numbers are medians. Other
 programs spoil them, at two threads most of all: the load is printed and kept. For Linux and macOS.
+
+Where fresh memory is slow to get (virtual machines), the edge-wise form and crystals of 10,000 atoms pay for it. With
+MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 in front of the command glibc reuses its memory: compare both.
 """
 from __future__ import annotations
 
@@ -302,7 +305,8 @@ def main() -> None:
     batch, mean = copper()
     results = {"command": " ".join(["python benchmarks/density.py", *sys.argv[1:]]), "hardware": hardware(),
                "load": load, "torch": torch.__version__, "dtype": "float32", "mean_neighbours": mean,
-               "padded_neighbours": batch.src.shape[1]}
+               "padded_neighbours": batch.src.shape[1],
+               "environment": {k: v for k, v in os.environ.items() if k.split("_")[0] in ("MALLOC", "OMP", "MKL", "GOMP")}}
     print(f"{results['hardware']}, load {load:.1f}, torch {torch.__version__}, float32\n"
           f"copper: {len(batch.src)} atoms, {mean:.1f} neighbours on average, padded to {batch.src.shape[1]}")
     results["memory_GB"] = peak_memory(4 if quick else 8)  # first: on Linux a child's ru_maxrss begins at its parent's
