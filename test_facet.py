@@ -9,7 +9,10 @@ Each test is named after the mistake it would catch. Every comparison goes throu
 require that a named test, or a check that tests share, then fails: so the tests can fail, and each such line matters.
 """
 import copy
+import csv
+import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -22,8 +25,13 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import ase.build
+import ase.io
 from ase import Atoms, units
 from ase.calculators.calculator import PropertyNotImplementedError
+from ase.calculators.emt import EMT
+from ase.calculators.lj import LennardJones
+from ase.calculators.singlepoint import SinglePointCalculator
 from ase.md.verlet import VelocityVerlet
 from ase.neighborlist import neighbor_list
 from hypothesis import HealthCheck, assume, example, given, settings
@@ -35,6 +43,9 @@ from sympy.physics.wigner import real_gaunt
 
 import facet
 import reference_numpy
+import train_small
+
+HERE = Path(__file__).resolve().parent
 
 common = dict(deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("fast", max_examples=4, derandomize=True, **common)
@@ -744,6 +755,198 @@ def test_cuda_differs_from_cpu(name, dtype, tol):
     want = evaluate(build(**MODELS[name]), *crystals)
     for what, value in evaluate(copy.deepcopy(build(dtype, **MODELS[name])).cuda(), *crystals).items():
         same(what, value, want[what], tol)
+
+
+# ─── train_small.py ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A folder in which a short training on a small embedded set has run: runs/emt/."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "runs").mkdir()
+    train_small.embedded_set(folder / "runs", count=120)
+    train_small.main(train_small.Settings(steps=150, channels=16), out=folder / "runs")
+    return folder
+
+
+def test_training_leaves_out_a_file_or_a_number(trained):
+    run = trained / "runs" / "emt"
+    result, log = json.loads((run / "result.json").read_text()), list(csv.DictReader(open(run / "metrics.csv")))
+    assert {"energy_mae_meV_per_atom", "force_mae_eV_per_A", "stress_mae_GPa", "energy_rmse_meV_per_atom", "force_rmse_eV_per_A",
+            "stress_rmse_GPa", "parameters", "train_seconds", "steps", "device", "torch_threads", "command", "settings"} <= set(result)
+    assert all((run / name).stat().st_size > 10_000 for name in ("model.pt", "parity.png", "splines.png"))
+    assert [int(row["step"]) for row in log] == sorted({int(row["step"]) for row in log}) and int(log[-1]["step"]) == 150
+    assert sum(p.numel() for p in facet.load(run / "model.pt").parameters()) == result["parameters"]
+
+
+def test_training_learns_less_than_a_constant(trained):
+    result = json.loads((trained / "runs" / "emt" / "result.json").read_text())
+    constant = result["baselines"]["constant per species"]
+    for key in ("energy_mae_meV_per_atom", "force_mae_eV_per_A", "stress_mae_GPa"):
+        assert result[key] < 0.6 * constant[key], key  # 150 small steps; the full run is far better
+    assert abs(result["relaxation"]["facet"]["lattice_constant_A"] / result["relaxation"]["emt"]["lattice_constant_A"] - 1) < 0.1
+
+
+def test_reported_errors_are_not_those_of_the_saved_model(trained):
+    run = trained / "runs" / "emt"
+    result, calculator = json.loads((run / "result.json").read_text()), facet.FacetCalculator(run / "model.pt", device="cpu")
+    _, test = train_small.split(train_small.embedded_set(trained / "runs"), 0)
+    errors = []
+    for frame in test:
+        frame.atoms.calc = calculator
+        errors.append((frame.atoms.get_forces() - frame.forces).ravel())
+    same("force MAE", np.abs(np.concatenate(errors)).mean(), result["force_mae_eV_per_A"], "float32")
+
+
+def test_same_seed_gives_another_training(trained, tmp_path):
+    logs = []
+    for seed in (0, 0, 1):
+        train_small.main(train_small.Settings(train=(str(trained / "runs" / "emt.extxyz"),), steps=3, channels=8, seed=seed, name="a"),
+                         out=tmp_path)
+        rows = csv.DictReader(open(sorted(tmp_path.glob("a*/metrics.csv"), key=os.path.getmtime)[-1]))
+        logs.append([{k: v for k, v in row.items() if k not in ("seconds", "structures_per_s")} for row in rows])
+    assert logs[0] == logs[1] and logs[0] != logs[2]
+    assert len(list(tmp_path.glob("a*"))) == 3, "old results were overwritten"
+
+
+def test_batches_lose_or_double_a_frame():
+    frames = [train_small.Frame(Atoms("H" * n), 0.0, np.zeros((n, 3)), np.zeros((3, 3)), str(i), str(i // 3))
+              for i, n in enumerate([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8] * 3)]
+    stream, seen = train_small.batches(frames, 10, np.random.default_rng(0)), []
+    while len(seen) < 2 * len(frames):
+        seen += next(stream)
+    assert all(sorted(f.name for f in seen[i:i + len(frames)]) == sorted(f.name for f in frames) for i in (0, len(frames)))
+    assert [f.name for batch in train_small.batches(frames, 10, None) for f in batch] == [f.name for f in frames]
+    train, test = train_small.split(frames, 0)
+    assert len(train) + len(test) == len(frames) and test
+    assert not {f.material for f in train} & {f.material for f in test}, "a material is on both sides"
+
+
+def test_pair_baseline_misses_a_pair_potential():
+    frames = []
+    for i in range(12):
+        atoms = ase.build.bulk("Ar", cubic=True, a=5.0 + 0.05 * i) * (2, 1, 1)
+        atoms.rattle(0.15, seed=i)
+        atoms.calc = LennardJones(sigma=3.0, epsilon=0.1, rc=5.0, ro=4.0, smooth=True)
+        frames.append(train_small.Frame(atoms, atoms.get_potential_energy(), atoms.get_forces(),
+                                        atoms.get_stress(voigt=False), f"frame {i}", str(i)))
+    config = train_small.configure(frames[:9], frames[9:], train_small.Settings())
+    pair = train_small.errors(train_small.pair_baseline(frames[:9], frames[9:], config), frames[9:])
+    constant = train_small.errors(train_small.constant_baseline(frames[:9], frames[9:], config), frames[9:])
+    for key in ("energy_mae_meV_per_atom", "force_mae_eV_per_A", "stress_mae_GPa"):
+        assert pair[key] < 0.02 * constant[key], key
+
+
+def labelled(folder: Path, change=lambda frames: None, count=12) -> str:
+    """An extxyz file of rattled copper with EMT labels, after `change`."""
+    frames = []
+    for i in range(count):
+        atoms = ase.build.bulk("Cu", cubic=True)
+        atoms.rattle(0.1, seed=i)
+        atoms.calc = EMT()
+        atoms.get_forces(), atoms.get_stress()
+        atoms.calc = SinglePointCalculator(atoms, **{k: v for k, v in atoms.calc.results.items() if k in ("energy", "forces", "stress")})
+        frames.append(atoms)
+    change(frames)
+    ase.io.write(folder / "data.extxyz", frames)
+    return str(folder / "data.extxyz")
+
+
+def set_label(name, value):
+    return lambda frames: frames[3].calc.results.update({name: value})
+
+
+BAD_FRAMES = {
+    "energy is NaN": set_label("energy", float("nan")),
+    "force is NaN or infinite": set_label("forces", np.full((4, 3), np.inf)),
+    "looks like kbar": set_label("stress", np.array([12.0, 30.0, 5.0, 0.0, 0.0, 1.0])),
+    "has no forces": lambda frames: frames[3].calc.results.pop("forces"),
+    "has no energy": lambda frames: setattr(frames[3], "calc", None),
+    "position is NaN": lambda frames: frames[3].positions.fill(np.nan),
+    "sit on one spot": lambda frames: frames[3].positions.__setitem__(0, frames[3].positions[1]),
+    "has no volume": lambda frames: frames[3].set_cell([[4, 0, 0], [0, 4, 0], [4, 4, 0]]),
+}
+
+
+@pytest.mark.parametrize("message", BAD_FRAMES)
+def test_bad_frame_is_trained_on(message, tmp_path):
+    path = labelled(tmp_path, BAD_FRAMES[message])
+    with pytest.raises(train_small.BadInput, match=f"data.extxyz, frame 3.*{message}"):
+        train_small.main(train_small.Settings(train=(path,), test=(path,), steps=1), out=tmp_path / "runs")
+    assert not list((tmp_path / "runs").iterdir()), "something was written"
+    good = train_small.read((labelled(tmp_path),), True)
+    assert len(good) == 12 and np.isfinite(good[3].stress).all()
+
+
+def test_broken_file_ends_in_a_traceback(tmp_path):
+    text = Path(labelled(tmp_path)).read_text()
+    for name, content, message in (("cut.extxyz", text[:len(text) // 2 + 40], "complete"), ("empty.extxyz", "", "cannot be read"),
+                                   ("cut.json", '{"mp-1": {"a": {"structure": ', "complete"), ("none.json", "{}", "holds no structures")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(train_small.BadInput, match=f"{name}: .*{message}"):
+            train_small.read((str(tmp_path / name),), True)
+    with pytest.raises(train_small.BadInput, match="no such file"):
+        train_small.read((str(tmp_path / "absent*"),), True)
+
+
+def test_mptrj_units_or_sign_are_taken_for_ase(tmp_path):
+    sites = [{"species": [{"element": "Si", "occu": 1}], "xyz": [0, 0, z], "abc": [0, 0, 0]} for z in (0.0, 2.0)]
+    frame = {"structure": {"lattice": {"matrix": [[4, 0, 0], [0, 4, 0], [0, 0, 5]]}, "sites": sites}, "corrected_total_energy": -3.0,
+             "force": [[0, 0, 1], [0, 0, -1]], "stress": [[10, 1, 2], [1, 20, 3], [2, 3, 30]]}
+    (tmp_path / "m.json").write_text(json.dumps({"mp-1": {"mp-1-0": frame}, "mp-2": {"mp-2-0": frame}}))
+    frames = train_small.read((str(tmp_path / "m.json"),), True)
+    assert [f.material for f in frames] == ["mp-1", "mp-2"] and frames[0].name.endswith("m.json, frame mp-1-0")
+    same("VASP kbar → ASE eV/Å³", frames[0].stress, -np.array(frame["stress"]) / 1602.1766208, "float32")
+    assert frames[0].atoms.get_volume() == pytest.approx(80) and frames[0].atoms.pbc.all() and frames[0].energy == -3
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--trian", "x"], "unrecognized arguments: --trian"), (["--lr", "fast"], "invalid float value: 'fast'"), (["--lr", "-1"], "must be positive"),
+    (["--test", "x"], "--test without --train"), (["--train", "nowhere.extxyz"], "error: nowhere.extxyz: no such file")])
+def test_wrong_command_runs(arguments, message, tmp_path):
+    done = subprocess.run([sys.executable, HERE / "train_small.py", *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode and message in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("runs/*"))
+
+
+# ─── README ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def test_readme_code_does_not_run(trained):
+    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    assert blocks
+    for block in blocks:
+        done = subprocess.run([sys.executable, "-c", block], cwd=trained, capture_output=True, text=True,
+                              env={**os.environ, "PYTHONPATH": str(HERE)})
+        assert done.returncode == 0, done.stderr
+
+
+def test_readme_names_a_function_that_does_not_exist():
+    rows = re.findall(r"^\| \*\*.*$", (HERE / "README.md").read_text(), re.M)
+    modules = [facet, reference_numpy, sys.modules[__name__]]
+    cells = [[re.findall(r"`(\w+)`", cell) for cell in row.split("|")[3:6]] for row in rows]
+    assert len(cells) >= 8
+    for module, names in ((m, n) for row in cells for m, n in zip(modules, row)):
+        assert names and all(hasattr(module, name) for name in names), (module.__name__, names)
+
+
+def test_readme_numbers_are_not_those_measured():
+    """Every row of the accuracy table is what benchmarks/accuracy.py wrote."""
+    sets = json.loads((HERE / "benchmarks" / "results" / "accuracy.json").read_text())["sets"]
+    text = (HERE / "README.md").read_text()
+    for name, content in sets.items():
+        s = content["summary"]
+        energy, force = s["energy_mae_meV_per_atom"], s["force_mae_eV_per_A"]
+        row = next(line for line in text.splitlines() if line.startswith(f"| {name} "))
+        spread = len(content["runs"]) > 1
+        assert (f"{energy['mean']:.2f}" + (f" ± {energy['std']:.2f}" if spread else "")) in row, row
+        assert (f"{force['mean']:.4f}" + (f" ± {force['std']:.4f}" if spread else "")) in row, row
+
+
+def test_self_check_prints_an_error():
+    done = subprocess.run([sys.executable, HERE / "facet.py"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    exact = [float(x) for x in re.findall(r"(?:⟨Y Y⟩ − 1\||under rotation|energy|forces)\s+(\d\.\de[+-]\d+)", done.stdout)]
+    assert len(exact) >= 4 and max(exact) < TOL["rounding"], done.stdout
 
 
 # ─── Planted bugs ─────────────────────────────────────────────────────────────────────────────────────────────────────

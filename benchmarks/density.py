@@ -306,7 +306,7 @@ def main() -> None:
     results = {"command": " ".join(["python benchmarks/density.py", *sys.argv[1:]]), "hardware": hardware(),
                "load": load, "torch": torch.__version__, "dtype": "float32", "mean_neighbours": mean,
                "padded_neighbours": batch.src.shape[1],
-               "environment": {k: v for k, v in os.environ.items() if k.split("_")[0] in ("MALLOC", "OMP", "MKL", "GOMP")}}
+               "environment": {k: v for k, v in os.environ.items() if k.startswith(("MALLOC_", "OMP_", "MKL_"))}}
     print(f"{results['hardware']}, load {load:.1f}, torch {torch.__version__}, float32\n"
           f"copper: {len(batch.src)} atoms, {mean:.1f} neighbours on average, padded to {batch.src.shape[1]}")
     results["memory_GB"] = peak_memory(4 if quick else 8)  # first: on Linux a child's ru_maxrss begins at its parent's
