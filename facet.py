@@ -135,11 +135,11 @@ def neighbour_list(positions: np.ndarray, cell: np.ndarray, pbc, cutoff: float):
         raise ValueError("the crystal is periodic along an axis whose cell vector is zero: set the cell, or pbc=False")
     cell = ase.cell.Cell(cell).complete()  # axes without a vector get a unit one: nothing repeats along them
     volume = abs(np.linalg.det(cell))
-    faces = np.linalg.norm(np.cross(cell[[1, 2, 0]], cell[[2, 0, 1]]), axis=1)  # [3] Å²
     if not volume > 1e-6 * np.linalg.norm(cell, axis=1).prod():  # of a right-angled cell with these edges
         raise ValueError(f"the cell has no volume ({volume:.1e} Å³): its lattice vectors lie in one plane")
-    reach = cutoff * faces / volume  # [3] the cutoff as a fraction of the distance between lattice planes
-    fractional = positions @ np.linalg.inv(cell)  # [N, 3]
+    inverse = np.linalg.inv(cell)
+    reach = cutoff * np.linalg.norm(inverse, axis=0)  # [3] the cutoff over the distances between lattice planes
+    fractional = positions @ inverse  # [N, 3]
     fold = np.where(pbc, -np.floor(fractional), 0)  # [N, 3] moves an atom into the cell
     ghost, shift = np.arange(len(positions)), fold  # [G], [G, 3]
     for axis in np.flatnonzero(pbc):
@@ -359,7 +359,7 @@ class NeighbourSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, D):
         edge, h, index = ctx.saved_tensors
-        return NeighbourDot.apply(D, h, index), NeighbourSpread.apply(D, edge, index), None
+        return NeighbourDot.apply(D, h, index), NeighbourSpread.apply(D, edge, index) if ctx.needs_input_grad[1] else None, None
 
 
 class NeighbourDot(torch.autograd.Function):

@@ -64,6 +64,7 @@ class Settings:
     activation: str = setting("product", "of the grid layer: product or silu")
     batch_atoms: int = setting(0, "atoms per step; 0: a fiftieth of the training set, at most 256")
     lr: float = setting(5e-3, "highest learning rate of AdamW; warm-up, then a cosine to zero")
+    muon_lr: float = setting(2e-2, "highest learning rate of Muon, which trains the matrices that mix paths")
     weight_decay: float = setting(1e-3, "of AdamW")
     clip: float = setting(1.0, "longest gradient allowed")
     ema: float = setting(0.99, "averaging of the weights; the averaged ones are tested and saved")
@@ -317,7 +318,9 @@ def train_model(model: facet.Facet, train: list[Frame], test: list[Frame], s: Se
     """Trains; returns the model with averaged weights, and seconds and steps. Saves model.pt and metrics.csv as it goes."""
     device, rng = next(model.parameters()).device, np.random.default_rng(s.seed)
     averaged = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, weight_decay=s.weight_decay)
+    matrices = [p for name, p in model.named_parameters() if ".mix.W" in name]  # Muon turns their steps into rotations
+    others = [p for name, p in model.named_parameters() if ".mix.W" not in name]
+    optimizers = [torch.optim.AdamW(others, lr=s.lr, weight_decay=s.weight_decay), torch.optim.Muon(matrices, lr=s.muon_lr, weight_decay=0)]
     watched = [test[i] for i in np.random.default_rng(0).permutation(len(test))[:50]]  # the lines below show these
     stream, start, step, shown, seen, evaluation = batches(train, s.batch_atoms, rng), time.perf_counter(), 0, 0, 0, 0.0
     log = csv.writer(open(folder / "metrics.csv", "w", newline="", buffering=1))
@@ -333,24 +336,26 @@ def train_model(model: facet.Facet, train: list[Frame], test: list[Frame], s: Se
             mae = [e["energy_mae_meV_per_atom"], 1000 * e["force_mae_eV_per_A"], e["stress_mae_GPa"] or np.nan]
             values, rate = [x.item() for x in (total, *parts)], seen / (elapsed - evaluation)
             print(f"{step:7d} {values[0]:7.4f} ({values[1]:7.5f} {values[2]:7.4f} {values[3]:7.4f}) {mae[0]:8.2f} meV {mae[1]:7.1f} meV/Å"
-                  f" {mae[2]:8.3f} GPa {lr:9.1e} {rate:13.1f} {max(0, elapsed / progress - elapsed):6.0f} s", flush=True)
-            log.writerow([step, f"{elapsed:.1f}", *values, *mae, lr, norm.item(), rate])
+                  f" {mae[2]:8.3f} GPa {s.lr * schedule:9.1e} {rate:13.1f} {max(0, elapsed / progress - elapsed):6.0f} s", flush=True)
+            log.writerow([step, f"{elapsed:.1f}", *values, *mae, s.lr * schedule, norm.item(), rate])
             facet.save(averaged, folder / "model.pt")
             evaluation += time.perf_counter() - began
         if progress >= 1:
             return averaged, {"train_seconds": elapsed, "steps": step}
-        lr = s.lr * min(1, (step + 1) / 50) * 0.5 * (1 + np.cos(np.pi * progress))
-        optimizer.param_groups[0]["lr"] = lr
+        schedule = min(1, (step + 1) / 50) * 0.5 * (1 + np.cos(np.pi * progress))
+        for optimizer, highest in zip(optimizers, (s.lr, s.muon_lr)):
+            optimizer.param_groups[0]["lr"] = highest * schedule
         frames = next(stream)
         parts = losses(model, frames, s.huber, device)
         total = s.energy_start * (s.energy_end / s.energy_start) ** progress * parts[0] + parts[1] + s.stress_weight * parts[2]
         if not torch.isfinite(total):
             raise BadInput(f"the loss became {total.item()} at step {step}, on {', '.join(f.name for f in frames)}; "
                            "look at these frames, or lower --lr")
-        optimizer.zero_grad()
+        model.zero_grad()
         total.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         step, seen = step + 1, seen + len(frames)
         torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - min(s.ema, step / (step + 10)))
 
