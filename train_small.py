@@ -314,50 +314,66 @@ def errors(predictions: list[dict], frames: list[Frame]) -> dict[str, float]:
 
 # ─── Training ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
+class Log:
+    """One line per interval on the screen and in metrics.csv, with the weights in model.pt at the same moments."""
+    columns = ("step seconds loss loss_energy loss_forces loss_stress energy_mae_meV_per_atom force_mae_meV_per_A "
+               "stress_mae_GPa lr gradient structures_per_s").split()
+
+    def __init__(self, folder: Path, test: list[Frame]):
+        self.folder = folder
+        self.watched = [test[i] for i in np.random.default_rng(0).permutation(len(test))[:50]]
+        self.file = open(folder / "metrics.csv", "w", newline="", buffering=1)  # a line is written when it ends
+        self.table = csv.writer(self.file)
+        self.table.writerow(self.columns)
+        print("   step    loss  (energy  forces  stress)   energy MAE   force MAE   stress MAE        lr  structures/s    left")
+
+    def line(self, model: facet.Facet, step: int, seconds: float, left: float, losses: list, lr: float, gradient: float, rate: float):
+        e = errors(predict(model, self.watched, 256, next(model.parameters()).device), self.watched)
+        mae = [e["energy_mae_meV_per_atom"], 1000 * e["force_mae_eV_per_A"], e["stress_mae_GPa"] or np.nan]
+        total, energy, forces, stress = losses
+        print(f"{step:7d} {total:7.4f} ({energy:7.5f} {forces:7.4f} {stress:7.4f}) {mae[0]:8.2f} meV {mae[1]:7.1f} meV/Å "
+              f"{mae[2]:8.3f} GPa {lr:9.1e} {rate:13.1f} {left:6.0f} s", flush=True)
+        self.table.writerow([step, f"{seconds:.1f}", *losses, *mae, lr, gradient, rate])
+        facet.save(model, self.folder / "model.pt")
+
+
 def train_model(model: facet.Facet, train: list[Frame], test: list[Frame], s: Settings, folder: Path) -> tuple[facet.Facet, dict]:
     """Trains; returns the model with averaged weights, and seconds and steps. Saves model.pt and metrics.csv as it goes."""
     device, rng = next(model.parameters()).device, np.random.default_rng(s.seed)
     averaged = copy.deepcopy(model).requires_grad_(False)
     matrices = [p for name, p in model.named_parameters() if ".mix.W" in name]  # Muon turns their steps into rotations
     others = [p for name, p in model.named_parameters() if ".mix.W" not in name]
-    optimizers = [torch.optim.AdamW(others, lr=s.lr, weight_decay=s.weight_decay), torch.optim.Muon(matrices, lr=s.muon_lr, weight_decay=0)]
-    watched = [test[i] for i in np.random.default_rng(0).permutation(len(test))[:50]]  # the lines below show these
-    stream, start, step, shown, seen, evaluation = batches(train, s.batch_atoms, rng), time.perf_counter(), 0, 0, 0, 0.0
-    log = csv.writer(open(folder / "metrics.csv", "w", newline="", buffering=1))
-    log.writerow("step seconds loss loss_energy loss_forces loss_stress energy_mae_meV_per_atom force_mae_meV_per_A "
-                 "stress_mae_GPa lr gradient structures_per_s".split())
-    print("   step    loss  (energy  forces  stress)   energy MAE   force MAE   stress MAE        lr  structures/s    left")
-    while True:
-        elapsed = time.perf_counter() - start
-        progress = step / s.steps if s.steps else elapsed / (60 * s.minutes)  # 0 … 1
-        if step and progress >= (shown + 1) / 20:
-            shown, began = int(progress * 20), time.perf_counter()
-            e = errors(predict(averaged, watched, s.batch_atoms, device), watched)
-            mae = [e["energy_mae_meV_per_atom"], 1000 * e["force_mae_eV_per_A"], e["stress_mae_GPa"] or np.nan]
-            values, rate = [x.item() for x in (total, *parts)], seen / (elapsed - evaluation)
-            print(f"{step:7d} {values[0]:7.4f} ({values[1]:7.5f} {values[2]:7.4f} {values[3]:7.4f}) {mae[0]:8.2f} meV {mae[1]:7.1f} meV/Å"
-                  f" {mae[2]:8.3f} GPa {s.lr * schedule:9.1e} {rate:13.1f} {max(0, elapsed / progress - elapsed):6.0f} s", flush=True)
-            log.writerow([step, f"{elapsed:.1f}", *values, *mae, s.lr * schedule, norm.item(), rate])
-            facet.save(averaged, folder / "model.pt")
-            evaluation += time.perf_counter() - began
-        if progress >= 1:
-            return averaged, {"train_seconds": elapsed, "steps": step}
-        schedule = min(1, (step + 1) / 50) * 0.5 * (1 + np.cos(np.pi * progress))
+    optimizers = [torch.optim.AdamW(others, lr=s.lr, weight_decay=s.weight_decay),
+                  torch.optim.Muon(matrices, lr=s.muon_lr, weight_decay=0)]
+    log, stream, start = Log(folder, test), batches(train, s.batch_atoms, rng), time.perf_counter()
+    step, seen, shown, progress, pause = 0, 0, 0, 0.0, 0.0
+    while progress < 1:
+        schedule = min(1, (step + 1) / 50) * 0.5 * (1 + np.cos(np.pi * progress))  # warm-up, then a cosine
         for optimizer, highest in zip(optimizers, (s.lr, s.muon_lr)):
             optimizer.param_groups[0]["lr"] = highest * schedule
         frames = next(stream)
         parts = losses(model, frames, s.huber, device)
-        total = s.energy_start * (s.energy_end / s.energy_start) ** progress * parts[0] + parts[1] + s.stress_weight * parts[2]
+        weight = s.energy_start * (s.energy_end / s.energy_start) ** progress
+        total = weight * parts[0] + parts[1] + s.stress_weight * parts[2]
         if not torch.isfinite(total):
             raise BadInput(f"the loss became {total.item()} at step {step}, on {', '.join(f.name for f in frames)}; "
                            "look at these frames, or lower --lr")
         model.zero_grad()
         total.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
+        gradient = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
         for optimizer in optimizers:
             optimizer.step()
         step, seen = step + 1, seen + len(frames)
-        torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - min(s.ema, step / (step + 10)))
+        torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - min(s.ema, step / (step + 9)))
+        elapsed = time.perf_counter() - start
+        progress = min(1.0, step / s.steps if s.steps else elapsed / (60 * s.minutes))
+        if int(20 * progress) > shown:
+            shown = int(20 * progress)
+            log.line(averaged, step, elapsed, elapsed / progress - elapsed, [x.item() for x in (total, *parts)],
+                     s.lr * schedule, gradient.item(), seen / (elapsed - pause))
+            pause += time.perf_counter() - start - elapsed
+    log.file.close()
+    return averaged, {"train_seconds": time.perf_counter() - start, "steps": step}
 
 
 # ─── Baselines ─────────────────────────────────────────────────────────────────────────────────────────────────────────
