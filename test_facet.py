@@ -765,7 +765,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     (folder / "runs").mkdir()
     train_small.embedded_set(folder / "runs", count=120)
-    train_small.main(train_small.Settings(steps=150, channels=16), out=folder / "runs")
+    train_small.main(train_small.Settings(steps=150, channels=16, batch_atoms=100), out=folder / "runs")
     return folder
 
 
@@ -824,15 +824,16 @@ def test_batches_lose_or_double_a_frame():
 
 def test_pair_baseline_misses_a_pair_potential():
     frames = []
-    for i in range(12):
-        atoms = ase.build.bulk("Ar", cubic=True, a=5.0 + 0.05 * i) * (2, 1, 1)
+    for i in range(24):
+        atoms = ase.build.bulk("Ar", cubic=True, a=5.0 + 0.025 * i) * (2, 1, 1)
         atoms.rattle(0.15, seed=i)
         atoms.calc = LennardJones(sigma=3.0, epsilon=0.1, rc=5.0, ro=4.0, smooth=True)
         frames.append(train_small.Frame(atoms, atoms.get_potential_energy(), atoms.get_forces(),
                                         atoms.get_stress(voigt=False), f"frame {i}", str(i)))
-    config = train_small.configure(frames[:9], frames[9:], train_small.Settings())
-    pair = train_small.errors(train_small.pair_baseline(frames[:9], frames[9:], config), frames[9:])
-    constant = train_small.errors(train_small.constant_baseline(frames[:9], frames[9:], config), frames[9:])
+    test, train = frames[2::4], [frame for i, frame in enumerate(frames) if i % 4 != 2]
+    config = train_small.configure(train, test, train_small.Settings())
+    pair = train_small.errors(train_small.pair_baseline(train, test, config), test)
+    constant = train_small.errors(train_small.constant_baseline(train, test, config), test)
     for key in ("energy_mae_meV_per_atom", "force_mae_eV_per_A", "stress_mae_GPa"):
         assert pair[key] < 0.02 * constant[key], key
 
