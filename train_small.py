@@ -64,8 +64,9 @@ class Settings:
     activation: str = setting("product", "of the grid layer: product or silu")
     batch_atoms: int = setting(0, "atoms per step; 0: a fiftieth of the training set, at most 256")
     lr: float = setting(5e-3, "highest learning rate of AdamW; warm-up, then a cosine to zero")
-    muon_lr: float = setting(2e-2, "highest learning rate of Muon, which trains the matrices that mix paths")
     weight_decay: float = setting(1e-3, "of AdamW")
+    muon_lr: float = setting(1e-2, "highest learning rate of Muon, which trains the matrices that mix paths")
+    muon_decay: float = setting(0.1, "weight decay of Muon")
     clip: float = setting(1.0, "longest gradient allowed")
     ema: float = setting(0.99, "averaging of the weights; the averaged ones are tested and saved")
     energy_start: float = setting(1.0, "weight of the energy loss at first …")
@@ -344,7 +345,7 @@ def train_model(model: facet.Facet, train: list[Frame], test: list[Frame], s: Se
     matrices = [p for name, p in model.named_parameters() if ".mix.W" in name]  # Muon turns their steps into rotations
     others = [p for name, p in model.named_parameters() if ".mix.W" not in name]
     optimizers = [torch.optim.AdamW(others, lr=s.lr, weight_decay=s.weight_decay),
-                  torch.optim.Muon(matrices, lr=s.muon_lr, weight_decay=0)]
+                  torch.optim.Muon(matrices, lr=s.muon_lr, weight_decay=s.muon_decay)]
     log, stream, start = Log(folder, test), batches(train, s.batch_atoms, rng), time.perf_counter()
     step, seen, shown, progress, pause = 0, 0, 0, 0.0, 0.0
     while progress < 1:
