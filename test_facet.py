@@ -1,4 +1,4 @@
-"""Tests of facet.py with pytest and hypothesis, in float64, with every weight random and none zero.
+"""Tests of facet.py and train_small.py with pytest and hypothesis; models in float64, every weight random, none zero.
 
     pytest                          profile "ci": the same examples every time
     FACET_PROFILE=fast pytest       a few examples; FACET_PROFILE=deep: many, and new ones every time
@@ -46,6 +46,7 @@ import reference_numpy
 import train_small
 
 HERE = Path(__file__).resolve().parent
+torch.set_num_threads(1)  # the models are tiny: a second thread would only wait
 
 common = dict(deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("fast", max_examples=4, derandomize=True, **common)

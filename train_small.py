@@ -513,7 +513,8 @@ def main(s: Settings, command: str = "", out: Path = Path("runs")) -> dict:
     before, parameters = model.splines.coefficients.detach().clone(), sum(p.numel() for p in model.parameters())
     folder = new_folder(out, s.name)
     print(f"{len(train)} structures to train on, {len(test)} to test; {sum(len(f.atoms) for f in train)} atoms of {' '.join(config.species)}; "
-          f"{config.mean_neighbours:.1f} neighbours each, the nearest at {config.first_knot / 0.9:.2f} Å; force RMS {config.energy_scale:.2f} eV/Å\n"
+          f"{config.mean_neighbours:.1f} neighbours each, splines from {config.first_knot:.2f} to {config.cutoff:g} Å; "
+          f"force RMS {config.energy_scale:.2f} eV/Å\n"
           f"Facet with {parameters} parameters, on {s.device}, {torch.get_num_threads()} threads, "
           + (f"{s.steps} steps" if s.steps else f"{s.minutes:g} minutes") + f" → {folder}/")
     model, trained = train_model(model, train, test, s, folder)
