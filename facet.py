@@ -329,6 +329,7 @@ def paths(l_in: int, l_out: int, L: int) -> list[tuple[int, int, int]]:
 # ─── §5 Density: sum over neighbours first ─────────────────────────────────────────────────────────────────────────────
 
 def gather(h: Tensor, index: Tensor) -> Tensor:
+    """Row index[a, k] of h for every a and k: h [A, X], index [A, K] → [A, K, X]."""
     return h.index_select(0, index.flatten()).view(*index.shape, -1)  # [A, K, X]
 
 
@@ -712,8 +713,7 @@ def random_alloy(atoms: int, seed: int = 0) -> ase.Atoms:
 def check_parts(R: Tensor) -> None:
     """Harmonics, coupling, grid."""
     points, weights = lebedev(12)
-    Y = harmonics(points, 6)  # [P, 49]
-    gram = (weights[:, None] * Y).T @ Y  # [49, 49]
+    gram = torch.einsum("p,pa,pb->ab", weights, harmonics(points, 6), harmonics(points, 6))  # [49, 49]
     print(f"harmonics, l ≤ 6        |⟨Y Y⟩ − 1|               {(gram - torch.eye(49)).abs().max():.1e}")
     D, worst = rotation_of_rows(R, 3), 0.0
     for l1, l2, l3 in paths(3, 3, 3):
