@@ -904,7 +904,7 @@ def test_mptrj_units_or_sign_are_taken_for_ase(tmp_path):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--trian", "x"], "unrecognized arguments: --trian"), (["--lr", "fast"], "invalid float value: 'fast'"), (["--lr", "-1"], "must be positive"),
-    (["--test", "x"], "--test without --train"), (["--train", "nowhere.extxyz"], "error: nowhere.extxyz: no such file")])
+    (["--test", "x"], "--test without --train"), (["--device", "cdua"], "no such device"), (["--train", "nowhere.extxyz"], "error: nowhere.extxyz: no such file")])
 def test_wrong_command_runs(arguments, message, tmp_path):
     done = subprocess.run([sys.executable, HERE / "train_small.py", *arguments], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode and message in done.stderr and "Traceback" not in done.stderr

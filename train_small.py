@@ -2,7 +2,7 @@
 
     python train_small.py                                   # embedded data (EMT metals), 2 to 3 minutes on 2 CPU cores
     python train_small.py --train si_train.extxyz --test si_test.extxyz --name si          # 10 minutes on 2 CPU cores
-    python train_small.py --train "mptrj*.json.gz" --minutes 600 --channels 64             # whatever time you have
+    python train_small.py --train "crystals*.json.gz" --minutes 600 --channels 64          # whatever time you have
 
 Reads what ASE reads (extxyz, traj, db, OUTCAR, vasprun.xml, …, .gz, globs) with energy (eV), forces (eV/Å) and, if there,
 stress (eV/Å³), and JSON in the layout of MPtrj. Writes to runs/<name>/: model.pt, metrics.csv, result.json, parity.png,
@@ -547,6 +547,10 @@ def parse(arguments: list[str]) -> Settings:
     for name in ("minutes", "steps", "lr", "batch_atoms", "cutoff", "stress_weight", "energy_start", "energy_end", "huber"):
         if getattr(s, name) < 0 or (getattr(Settings, name) > 0 and getattr(s, name) == 0):
             parser.error(f"--{name} {getattr(s, name)}: must be positive")
+    try:
+        torch.empty(0, device=s.device or "cpu")
+    except (RuntimeError, AssertionError):
+        parser.error(f"--device {s.device}: PyTorch has no such device here; try --device cpu")
     return s
 
 
