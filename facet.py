@@ -39,7 +39,7 @@ import copy
 import os
 import time
 from dataclasses import asdict, dataclass, fields
-from math import factorial, pi, sqrt
+from math import factorial, sqrt
 from pathlib import Path
 from typing import NamedTuple
 
@@ -431,7 +431,7 @@ class Density(nn.Module):
 
     def forward(self, h: Tensor, index: Tensor, phi: Tensor, Y: Tensor) -> list[Tensor]:
         """h [N, (l_in+1)², C], index [N·B, K], phi [N, B, L+1, K], Y [N, M, K] → A, for each l3 [N·(2·l3+1), Q_l3·C]."""
-        (N, M1, C), (_, B, _, K), M = h.shape, phi.shape, Y.shape[1]
+        (N, M1, C), B, M = h.shape, phi.shape[1], Y.shape[1]
         edge = phi.index_select(2, self.degree_of_row) * (self.scale * Y)[:, None]  # [N, B, M, K]
         h = h.reshape(N, M1, B, -1).transpose(1, 2).reshape(N * B, -1)  # [N B, m1 c]
         D = NeighbourSum.apply(edge.flatten(0, 1), h, index)  # [N B, m2, m1 c]
