@@ -9,7 +9,6 @@ materialsvirtuallab/mlearn, converted to extended XYZ) and crystals/crystals_{tr
 """
 import argparse
 import json
-import platform
 import shlex
 import subprocess
 import sys
@@ -19,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-FILES = {"Si": "mlearn/Si_{}.extxyz", "Li": "mlearn/Li_{}.extxyz", "crystals": "crystals/crystals_{}.json.gz"}
+from common import ROOT, SETS, hardware
+
 SHOWN = {"energy_mae_meV_per_atom": "energy MAE (meV/atom)", "force_mae_eV_per_A": "force MAE (eV/Å)",
          "stress_mae_GPa": "stress MAE (GPa)", "train_seconds": "training (s)", "steps": "steps"}
 
@@ -30,25 +29,16 @@ def run(data: Path, name: str, seed: int, threads: int, more: list[str]) -> dict
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, ROOT / "train_small.py", "--name", name, "--seed", str(seed), "--threads", str(threads), *more]
         for part in ("train", "test"):
-            command += [f"--{part}", data / FILES[name].format(part)]
+            command += [f"--{part}", data / SETS[name].format(part)]
         done = subprocess.run([str(word) for word in command], cwd=folder, capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"{name}, seed {seed}: {done.stderr.strip()}")
         result = json.loads((Path(folder) / "runs" / name / "result.json").read_text())
-    result["command"] = shlex.join(["python", "train_small.py", "--train", FILES[name].format("train"), "--test",
-                                    FILES[name].format("test"), "--name", name, "--seed", str(seed), "--threads", str(threads), *more])
-    result["settings"].update(train=FILES[name].format("train"), test=FILES[name].format("test"))
+    result["command"] = shlex.join(["python", "train_small.py", "--train", SETS[name].format("train"), "--test",
+                                    SETS[name].format("test"), "--name", name, "--seed", str(seed), "--threads", str(threads), *more])
+    result["settings"].update(train=SETS[name].format("train"), test=SETS[name].format("test"))
     print(f"{name}, seed {seed}:", ", ".join(f"{text} {result[key]:.4g}" for key, text in SHOWN.items()), flush=True)
     return result
-
-
-def processor() -> str:
-    """Name of the CPU."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def summarize(runs: list[dict]) -> dict:
@@ -60,7 +50,7 @@ def summarize(runs: list[dict]) -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--sets", nargs="+", default=list(FILES), choices=FILES)
+    parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--parallel", type=int, default=1)
@@ -73,7 +63,7 @@ def main():
         futures = {pool.submit(run, args.data, *job, args.threads, more): job for job in jobs}
         for future in as_completed(futures):  # saved after each: hours of work outlive an interruption
             sets[futures[future][0]]["runs"].append(future.result())
-            path.write_text(json.dumps({"processor": processor(), "threads_each": args.threads, "at_a_time": args.parallel,
+            path.write_text(json.dumps({"hardware": hardware(), "threads_each": args.threads, "at_a_time": args.parallel,
                                         "sets": {name: summarize(content["runs"]) for name, content in sets.items() if content["runs"]}}, indent=1))
     for name, content in sets.items():
         summary = summarize(content["runs"])["summary"]

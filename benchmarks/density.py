@@ -19,9 +19,7 @@ MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 in front of the command g
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -34,43 +32,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from common import clock, hardware, in_turn, rattled, silicon, write_results
+
 import facet
 
 JOBS = ("energy+forces", "training step")
-
-
-def clock(job: Callable) -> float:
-    """Milliseconds of one run."""
-    start = time.perf_counter()
-    job()
-    return 1000 * (time.perf_counter() - start)
-
-
-def in_turn(jobs: dict[str, Callable], seconds: float) -> dict[str, float]:
-    """Median milliseconds of each job. All run once a round until the seconds are spent; the first is left out."""
-    end, rounds = np.inf, []
-    while len(rounds) < 4 or time.perf_counter() < end:
-        rounds.append([clock(job) for job in jobs.values()])
-        end = time.perf_counter() + seconds if len(rounds) == 1 else end
-    return dict(zip(jobs, np.median(rounds[1:], 0).tolist()))
-
-
-def rattled(crystal: ase.Atoms, distance: float) -> ase.Atoms:
-    crystal.positions += np.random.default_rng(0).normal(0, distance, (len(crystal), 3))
-    return crystal
-
-
-def silicon(n: int) -> ase.Atoms:
-    """8 n³ atoms."""
-    return rattled(ase.build.bulk("Si", cubic=True) * (n, n, n), 0.05)
-
-
-def hardware() -> str:
-    info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
-    names = [line.split(": ")[1] for line in info.splitlines() if line.startswith("model name")]
-    return f"{(names or [platform.processor()])[0]}, {os.cpu_count()} cores"
 
 
 # ─── 1 Density against edge-wise ─────────────────────────────────────────────────────────────────────────────────────
@@ -303,11 +269,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a smoke run that writes nothing")
     quick, start, load = parser.parse_args().quick, time.perf_counter(), os.getloadavg()[0]
     batch, mean = copper()
-    results = {"command": " ".join(["python benchmarks/density.py", *sys.argv[1:]]), "hardware": hardware(),
-               "load": load, "torch": torch.__version__, "dtype": "float32", "mean_neighbours": mean,
+    results = {"load": load, "dtype": "float32", "mean_neighbours": mean,
                "padded_neighbours": batch.src.shape[1],
                "environment": {k: v for k, v in os.environ.items() if k.startswith(("MALLOC_", "OMP_", "MKL_"))}}
-    print(f"{results['hardware']}, load {load:.1f}, torch {torch.__version__}, float32\n"
+    print(f"{hardware()}, load {load:.1f}, torch {torch.__version__}, float32\n"
           f"copper: {len(batch.src)} atoms, {mean:.1f} neighbours on average, padded to {batch.src.shape[1]}")
     results["memory_GB"] = peak_memory(4 if quick else 8)  # first: on Linux a child's ru_maxrss begins at its parent's
     results["threads"] = {}
@@ -320,10 +285,7 @@ def main() -> None:
     results["seconds"] = time.perf_counter() - start
     print(f"{results['seconds']:.0f} s")
     if not quick:
-        path = ROOT / "benchmarks" / "results" / "density.json"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(results, indent=1) + "\n")
-        print(f"wrote {path.relative_to(ROOT)}")
+        write_results("density", results)
 
 
 if __name__ == "__main__":
