@@ -69,8 +69,8 @@ class Settings:
     muon_decay: float = setting(0.1, "weight decay of Muon")
     clip: float = setting(1.0, "longest gradient allowed")
     ema: float = setting(0.99, "averaging of the weights; the averaged ones are tested and saved")
-    energy_start: float = setting(0.1, "weight of the energy loss at first …")
-    energy_end: float = setting(1.0, "… and in the end; forces have weight 1")
+    energy_start: float = setting(0.05, "weight of the energy loss at first …")
+    energy_end: float = setting(0.3, "… and in the end; forces have weight 1")
     stress_weight: float = setting(0.1, "weight of the stress loss; 0: stress labels are not even read")
     huber: float = setting(0.1, "errors beyond this fraction of the force RMS count linearly")
 
@@ -365,7 +365,8 @@ def train_model(model: facet.Facet, train: list[Frame], test: list[Frame], s: Se
         for optimizer in optimizers:
             optimizer.step()
         step, seen = step + 1, seen + len(frames)
-        torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - min(s.ema, step / (step + 9)))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - min(s.ema, step / (step + 9)))
         elapsed = time.perf_counter() - start
         progress = min(1.0, step / s.steps if s.steps else elapsed / (60 * s.minutes))
         if int(20 * progress) > shown:
