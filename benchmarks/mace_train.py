@@ -48,6 +48,8 @@ def main():
     parser.add_argument("--set", choices=SETS, required=True)
     parser.add_argument("--model", choices=MODELS, default="64")
     parser.add_argument("--epochs", type=int, required=True)
+    parser.add_argument("--stage_two", type=int, default=0, help="first epoch of stage two; 0: after three quarters")
+    parser.add_argument("--restart", action="store_true", help="go on from the last checkpoint, with other --epochs if wanted")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -60,6 +62,10 @@ def main():
     from mace.tools.arg_parser import build_default_arg_parser
 
     curve, spent = [], {"evaluation": 0.0, "start": time.process_time()}
+    if args.restart:  # MACE evaluates once before it goes on: that takes the place of the checkpoint's own line
+        saved = max(int(path.stem.split("epoch-")[1].removesuffix("_swa")) for path in (args.out / "checkpoints").glob("*.pt"))
+        curve = json.loads((args.out / "curve.json").read_text())["curve"][:saved + 2]  # it begins with the untrained model
+        spent["start"] -= curve.pop()["cpu_seconds"]
 
     def watched(evaluate):
         def run(*a, **k):
@@ -70,7 +76,7 @@ def main():
                           "energy_mae_meV_per_atom": 1000 * float(e["mae_e_per_atom"]), "force_mae_eV_per_A": float(e["mae_f"]),
                           "stress_mae_GPa": 160.21766 * float(e["mae_stress"])})
             content = {"set": args.set, "model": f"MACE {args.model}", "threads": args.threads, "hardware": hardware(),
-                       "versions": versions("torch", "mace-torch", "e3nn"), "arguments": arguments[:-8], "curve": curve}
+                       "versions": versions("torch", "mace-torch", "e3nn"), "arguments": [a for a in arguments if str(args.out) not in a], "curve": curve}
             part = args.out / "curve.json.part"
             part.write_text(json.dumps(content, indent=1))
             part.replace(args.out / "curve.json")
@@ -83,10 +89,11 @@ def main():
     arguments = ["--model=MACE", *MODELS[args.model], "--r_max=5.0", "--num_interactions=2", "--E0s=average", "--scaling=rms_forces_scaling",
                  "--loss=universal", "--energy_weight=1", "--forces_weight=10", "--stress_weight=100", "--compute_stress=True",
                  "--lr=0.01", "--amsgrad", f"--batch_size={batch}", "--ema", "--ema_decay=0.99", "--scheduler_patience=5", "--lr_factor=0.8",
-                 "--swa", f"--start_swa={round(0.75 * args.epochs)}", f"--max_num_epochs={args.epochs}", "--default_dtype=float32",
+                 "--swa", f"--start_swa={args.stage_two or round(0.75 * args.epochs)}", f"--max_num_epochs={args.epochs}", "--default_dtype=float32",
                  "--seed=0", "--error_table=PerAtomMAE", "--num_workers=0", "--pin_memory=False", "--plot=False", "--valid_batch_size=10",
                  f"--train_file={files['train']}", f"--valid_file={files['test']}", f"--work_dir={args.out}", "--name=mace",
                  f"--model_dir={args.out}", "--device=cpu", "--save_cpu", "--keep_checkpoints"]
+    arguments += ["--restart_latest"] * args.restart
     run_train.run(build_default_arg_parser().parse_args(arguments))
     print(f"{time.process_time() - spent['start']:.0f} CPU-seconds in all", os.times(), flush=True)
 
