@@ -35,24 +35,25 @@ It does not include: charges, spins, long-range forces, odd-parity couplings, di
 """
 from __future__ import annotations
 
-import copy
-import os
-import time
 from dataclasses import asdict, dataclass, fields
-from math import factorial, sqrt
+from math import factorial, isqrt, sqrt
 from pathlib import Path
-from typing import NamedTuple
+from timeit import repeat
+from typing import Iterator, NamedTuple
 
 import ase.build
 import numpy as np
 import torch
 from ase.calculators.calculator import Calculator, all_changes
+from ase.calculators.singlepoint import SinglePointCalculator
 from ase.data import atomic_numbers
-from ase.stress import full_3x3_to_voigt_6_stress
+from ase.optimize import FIRE
+from ase.stress import full_3x3_to_voigt_6_stress, voigt_6_to_full_3x3_stress
 from scipy.integrate import lebedev_rule
+from scipy.linalg import expm, expm_frechet
 from scipy.spatial import cKDTree
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import embedding, silu
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Config:
     splines: int = 24                  # R; B-splines per radial function, 0.24 Å apart by default
     first_knot: float = 0.0            # Å; where the radial axis begins, best just below the shortest distance
     activation: str = "product"        # of the grid layer: "product" (exactly equivariant) or "silu" (the paper's)
-    grid_degree: int = 0               # that the grid integrates exactly; 0: 3L for product (less is not equivariant), 15 for silu
+    grid_degree: int = 0               # that the grid integrates exactly; 0: 3L for product (less is not exact), 15 for silu
     mean_neighbours: float = 30.0      # of the training set; sums over neighbours are divided by its root
     energy_scale: float = 1.0          # eV; force RMS of the training set times 1 Å
     reference_energies: tuple[float, ...] = ()  # eV per species, E0; empty: zeros
@@ -75,22 +76,18 @@ class Config:
     def __post_init__(self):
         """Raise ValueError, in one sentence, for what cannot be built. NumPy numbers become plain ones, fit to be saved."""
         for field in fields(self):
-            value = getattr(self, field.name)
-            many = field.name in ("species", "reference_energies")
+            value, many = getattr(self, field.name), field.name in ("species", "reference_energies")
             object.__setattr__(self, field.name, tuple(np.asarray(value).tolist()) if many else type(field.default)(value))
-        known = [symbol for symbol in self.species if symbol in atomic_numbers]
-        if not known or len(set(known)) < len(self.species):
+        if not self.species or len(atomic_numbers.keys() & self.species) < len(self.species):
             raise ValueError(f"species must be different chemical symbols, such as ('Si', 'O'), not {self.species}")
-        if min(self.layers, self.groups) < 1 or self.degree < 0 or self.splines < 4:
-            raise ValueError("layers and groups must be at least 1, degree at least 0, splines at least 4")
+        if min(self.layers, self.groups) < 1 or min(self.degree, self.grid_degree) < 0 or self.splines < 4:
+            raise ValueError("layers and groups must be at least 1, degree and grid_degree at least 0, splines at least 4")
         if self.channels < 1 or self.channels % self.groups:
             raise ValueError(f"channels ({self.channels}) must be a multiple of groups ({self.groups})")
         if self.activation not in ("product", "silu"):
             raise ValueError(f'activation must be "product" or "silu", not "{self.activation}"')
-        if not 0 <= self.first_knot < self.cutoff:
-            raise ValueError(f"first_knot ({self.first_knot} Å) must lie between 0 and the cutoff ({self.cutoff} Å)")
-        if not self.mean_neighbours > 0 or self.grid_degree < 0:
-            raise ValueError("mean_neighbours must be positive and grid_degree not negative")
+        if not (0 <= self.first_knot < self.cutoff and self.mean_neighbours > 0):
+            raise ValueError(f"first_knot must lie between 0 and the cutoff ({self.cutoff} Å), mean_neighbours above 0")
         if len(self.reference_energies) not in (0, len(self.species)):
             raise ValueError("reference_energies needs one energy per species, or none at all")
 
@@ -127,16 +124,14 @@ def neighbour_list(positions: np.ndarray, cell: np.ndarray, pbc, cutoff: float):
     Every atom is folded into the cell; copies that come within the cutoff of it ("ghosts") are listed axis by axis, and one
     KD-tree finds the pairs. Raises ValueError for a flat cell and for two atoms on one spot.
     """
-    positions, cell = np.asarray(positions, float), np.asarray(cell, float)
-    pbc = np.broadcast_to(np.asarray(pbc, bool), 3)
+    positions, cell, pbc = np.asarray(positions, float), np.asarray(cell, float), np.broadcast_to(np.asarray(pbc, bool), 3)
     if not np.isfinite(positions).all() or not np.isfinite(cell).all():
         raise ValueError("a position or a cell vector is NaN or infinite")
     if (pbc & ~np.any(cell, axis=1)).any():
         raise ValueError("the crystal is periodic along an axis whose cell vector is zero: set the cell, or pbc=False")
     cell = ase.cell.Cell(cell).complete()  # axes without a vector get a unit one: nothing repeats along them
-    volume = abs(np.linalg.det(cell))
-    if not volume > 1e-6 * np.linalg.norm(cell, axis=1).prod():  # of a right-angled cell with these edges
-        raise ValueError(f"the cell has no volume ({volume:.1e} Å³): its lattice vectors lie in one plane")
+    if not abs(np.linalg.det(cell)) > 1e-6 * np.linalg.norm(cell, axis=1).prod():  # of a right-angled cell with these edges
+        raise ValueError("the cell has no volume: its lattice vectors lie in one plane")
     inverse = np.linalg.inv(cell)
     reach = cutoff * np.linalg.norm(inverse, axis=0)  # [3] the cutoff over the distances between lattice planes
     fractional = positions @ inverse  # [N, 3]
@@ -164,12 +159,9 @@ def neighbour_list(positions: np.ndarray, cell: np.ndarray, pbc, cutoff: float):
 
 def find_neighbours(atoms: ase.Atoms, config: Config) -> Neighbours:
     """ASE crystal to Neighbours. Raises ValueError for an element the model does not know and for broken geometry."""
-    number = {atomic_numbers[symbol]: z for z, symbol in enumerate(config.species)}
-    try:
-        species = np.array([number[a] for a in atoms.numbers], int)
-    except KeyError as unknown:
-        raise ValueError(f"element {ase.data.chemical_symbols[unknown.args[0]]} is not among those the model knows: "
-                         f"{' '.join(config.species)}") from None
+    if unknown := set(atoms.symbols) - set(config.species):
+        raise ValueError(f"element {min(unknown)} is not among those the model knows: {' '.join(config.species)}")
+    species = np.array([config.species.index(symbol) for symbol in atoms.symbols], int)  # [N]
     dst, src, _, vectors = neighbour_list(atoms.positions, atoms.cell.array, atoms.pbc, config.cutoff)
     return Neighbours(species, dst, src, vectors, abs(np.linalg.det(atoms.cell.array)) or np.nan)
 
@@ -178,17 +170,14 @@ def make_batch(crystals: list[Neighbours], cutoff: float, dtype=torch.float32) -
     """Crystals to one padded batch. Shapes as in Batch."""
     first = np.cumsum([0] + [len(c.species) for c in crystals])  # [S+1] where each crystal's atoms begin
     dst = np.concatenate([c.dst + f for c, f in zip(crystals, first)])  # [E]
-    N = first[-1]
-    count = np.bincount(dst, minlength=N)  # [N]
+    count = np.bincount(dst, minlength=first[-1])  # [N]
     slot = np.arange(len(dst)) - np.repeat(np.cumsum(count) - count, count)  # [E] dst is sorted: position in its row
-    src = np.zeros((N, count.max(initial=1)), int)  # [N, K], at least one column, if only of padding
+    src = np.arange(len(count))[:, None].repeat(count.max(initial=1), 1)  # [N, K], K at least 1; padding: the atom itself
     src[dst, slot] = np.concatenate([c.src + f for c, f in zip(crystals, first)])
-    vectors = np.zeros((*src.shape, 3))  # [N, K, 3]
-    vectors[:, :, 0] = 2 * cutoff  # padding: there φ and its derivatives are exactly zero, so no mask is needed
+    vectors = np.tile([2 * cutoff, 0, 0], (*src.shape, 1))  # [N, K, 3] padding: φ and its derivatives are exactly zero there
     vectors[dst, slot] = np.concatenate([c.vectors for c in crystals])
     return Batch(torch.from_numpy(np.concatenate([c.species for c in crystals])), torch.from_numpy(src),
-                 torch.from_numpy(vectors).to(dtype),
-                 torch.from_numpy(np.repeat(np.arange(len(crystals)), np.diff(first))),
+                 torch.from_numpy(vectors).to(dtype), torch.from_numpy(np.repeat(np.arange(len(crystals)), np.diff(first))),
                  torch.tensor([c.volume for c in crystals], dtype=torch.float64))
 
 
@@ -203,7 +192,6 @@ class RadialSplines(nn.Module):
     is a look-up table with smooth interpolation: at any r four entries count. The last N ends at the cutoff, so value,
     slope and curvature of φ vanish there and it is exactly zero beyond: no cutoff function is needed. Below first_knot the
     splines run out in the same way, so φ is smooth and finite down to r = 0.
-    φ is linear in its coefficients: it can be made to imitate any function by least squares (see `fit`).
     """
 
     def __init__(self, count: int, config: Config):
@@ -328,11 +316,6 @@ def paths(l_in: int, l_out: int, L: int) -> list[tuple[int, int, int]]:
 
 # ─── §5 Density: sum over neighbours first ─────────────────────────────────────────────────────────────────────────────
 
-def gather(h: Tensor, index: Tensor) -> Tensor:
-    """Row index[a, k] of h for every a and k: h [A, X], index [A, K] → [A, K, X]."""
-    return h.index_select(0, index.flatten()).view(*index.shape, -1)  # [A, K, X]
-
-
 def chunks(index: Tensor, X: int) -> list[slice]:
     """Rows of index [A, K] in portions whose gathered features [rows, K, X] fit the processor's cache (or a GPU's memory)."""
     rows = max(1, (2 ** 26 if index.is_cuda else 2 ** 17) // max(1, index.shape[1] * X))
@@ -354,7 +337,7 @@ class NeighbourSum(torch.autograd.Function):
         ctx.save_for_backward(edge, h, index)
         D = edge.new_empty(*edge.shape[:2], h.shape[1])  # [A, M, X]
         for a in chunks(index, h.shape[1]):
-            torch.bmm(edge[a], gather(h, index[a]), out=D[a])
+            torch.bmm(edge[a], embedding(index[a], h), out=D[a])  # embedding is h[index[a]] [rows, K, X], only faster
         return D
 
     @staticmethod
@@ -372,7 +355,7 @@ class NeighbourDot(torch.autograd.Function):
         ctx.save_for_backward(D, h, index)
         edge = D.new_empty(*D.shape[:2], index.shape[1])  # [A, M, K]
         for a in chunks(index, h.shape[1]):
-            torch.bmm(D[a], gather(h, index[a]).mT, out=edge[a])
+            torch.bmm(D[a], embedding(index[a], h).mT, out=edge[a])
         return edge
 
     @staticmethod
@@ -411,8 +394,7 @@ class Density(nn.Module):
         D[i,b,m2,m1,c] = Σ_j (φ_b Y_l2m2)(r_ij) h[j,l1m1,bc]     one matrix product per atom and group
         A[i,p,m3,bc]   = Σ_m1,m2 G[m1,m2,m3] D[i,b,m2,m1,c]      one matrix product per atom
 
-    Nothing of the size of edges × paths × channels is ever made. Little is lost by sharing: the mixing before and after
-    (§6) lets every channel use the functions of every group.
+    Little is lost by sharing: the mixing before and after (§6) lets every channel use the functions of every group.
     """
 
     def __init__(self, l_in: int, l_out: int, config: Config):
@@ -598,8 +580,7 @@ class Facet(nn.Module):
         self.layers = nn.ModuleList(Layer(l[t], l[t + 1], config) for t in range(T))
         self.readout = randn(C, fan_in=C)  # [C]
         self.to(dtype)  # everything above is made in float64, so that constants are exact in any dtype
-        E0 = torch.tensor(config.reference_energies or [0.0] * Z, dtype=torch.float64)  # [Z]
-        self.register_buffer("E0", E0, persistent=False)
+        self.register_buffer("E0", torch.tensor(config.reference_energies or [0.0] * Z, dtype=torch.float64), persistent=False)
 
     def atomic_energies(self, batch: Batch) -> Tensor:
         """Energy of each atom, [N] eV, float64. Differentiable with respect to batch.vectors."""
@@ -613,8 +594,7 @@ class Facet(nn.Module):
         for layer, phi_t in zip(self.layers, phi):
             h = layer(h, species, index, phi_t, Y)  # [N+Z, M, C], the last [N+Z, 1, C]
         e, alone = (h[:, 0] @ self.readout).split([N, len(self.embedding)])  # [N], [Z]
-        e = e - alone[batch.species]  # [N]
-        return e.double() * self.config.energy_scale + self.E0[batch.species]  # [N]
+        return (e - alone[batch.species]).double() * self.config.energy_scale + self.E0[batch.species]  # [N]
 
     def forward(self, batch: Batch, training: bool = False) -> dict[str, Tensor]:
         """Energy [S] eV, energies [N] eV per atom, forces [N, 3] eV/Å, virial [S, 3, 3] eV and stress [S, 3, 3] eV/Å³, its
@@ -643,11 +623,8 @@ def save(model: Facet, path: str | Path, **more) -> None:
     """Write tensors and the plain config to path. A temporary file is renamed into place: no half-written checkpoint."""
     temporary = Path(f"{path}.part")
     try:
-        with open(temporary, "wb") as file:
-            torch.save({"facet": 1, "config": asdict(model.config), "state": model.state_dict(), **more}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        torch.save({"facet": 1, "config": asdict(model.config), "state": model.state_dict(), **more}, temporary)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -661,16 +638,31 @@ def load(path: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> 
         model = Facet(Config(**content["config"]), dtype)
         model.load_state_dict(content["state"])
     except Exception as error:
-        raise ValueError(f"{path} is not a Facet checkpoint, or it is damaged ({type(error).__name__}); "
-                         "write one with facet.save or train_small.py") from error
+        raise ValueError(f"{path} is not a Facet checkpoint, or it is damaged ({type(error).__name__})") from error
     return model.to(device)
 
 
-class FacetCalculator(Calculator):
-    """ASE calculator: `atoms.calc = FacetCalculator("runs/si/model.pt")`.
+def evaluate(model: Facet, crystals: list[Neighbours], batch_atoms: int = 256) -> list[dict]:
+    """Results of each crystal under ASE's names: energy, free_energy (the same, eV), energies [N] (eV per atom), forces [N, 3]
+    (eV/Å) and, if the cell spans space, stress [6] (eV/Å³, Voigt). In batches of about batch_atoms, which bounds the memory."""
+    results, size = [{}] * len(crystals), np.array([len(c.species) for c in crystals], int)  # size [S]
+    alike = np.argsort([len(c.dst) / len(c.species) for c in crystals])  # [S] of similar K: little padding
+    portion = np.cumsum(size[alike]) // batch_atoms  # [S]
+    for group in (alike[portion == p] for p in np.unique(portion)):
+        batch = make_batch([crystals[s] for s in group], model.config.cutoff, model.readout.dtype).to(model.readout.device)
+        out, ends = {name: value.cpu().numpy() for name, value in model(batch).items()}, np.cumsum(size[group])
+        energies, forces = np.split(out["energies"], ends), np.split(out["forces"], ends)
+        for i, s in enumerate(group):
+            results[s] = dict(energy=out["energy"][i], free_energy=out["energy"][i], energies=energies[i], forces=forces[i])
+            if np.isfinite(crystals[s].volume):
+                results[s]["stress"] = full_3x3_to_voigt_6_stress(out["stress"][i])
+    return results
 
-    Gives energy, free_energy (the same), energies (eV per atom), forces (eV/Å) and, if the cell spans space, stress
-    (eV/Å³, Voigt). device: "cuda" if there is one, unless given. dtype: torch.float64 for phonons and tight relaxations.
+
+class FacetCalculator(Calculator):
+    """ASE calculator: `atoms.calc = FacetCalculator("runs/si/model.pt")`, for the properties that `evaluate` names.
+
+    device: "cuda" if there is one, unless given. dtype: torch.float64 for phonons and tight relaxations.
     The model is copied, so that later training does not change the calculator.
     """
     implemented_properties = ["energy", "free_energy", "energies", "forces", "stress"]
@@ -684,17 +676,72 @@ class FacetCalculator(Calculator):
         else:
             self.model = load(model, device, dtype)
         self.model.requires_grad_(False)
-        self.device, self.dtype = device, dtype
 
     def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes):
         super().calculate(atoms, properties, system_changes)
-        neighbours = find_neighbours(self.atoms, self.model.config)
-        batch = make_batch([neighbours], self.model.config.cutoff, self.dtype).to(self.device)
-        out = {name: value.cpu().numpy() for name, value in self.model(batch).items()}
-        energy = float(out["energy"][0])
-        self.results = {"energy": energy, "free_energy": energy, "energies": out["energies"], "forces": out["forces"]}
-        if np.isfinite(neighbours.volume):
-            self.results["stress"] = full_3x3_to_voigt_6_stress(out["stress"][0])
+        self.results, = evaluate(self.model, [find_neighbours(self.atoms, self.model.config)])
+
+
+def fire(atoms: ase.Atoms, fmax: float, steps: int, cell: bool) -> Iterator[ase.Atoms]:
+    """ASE's FIRE(FrechetCellFilter(atoms)), or FIRE(atoms) without cell: yields crystals, goes on once they have results.
+
+        x = (X, N U):  positions = X Fᵀ,  cell = cell₀ Fᵀ,  F = exp U;    f = −∂E/∂x = (forces F, −(∂F/∂U)ᵀ [virial F⁻ᵀ] / N)
+
+    ASE's FIRE moves x as if it were N + 3 atoms. ASE's filter gives the same numbers, in ten times the time.
+    """
+    N, cell0 = len(atoms), atoms.cell.array
+    x = ase.Atoms(f"X{N + 3}", np.concatenate([atoms.positions, np.zeros((3, 3))]))  # [N+3, 3]
+    optimizer = FIRE(x, logfile=None)
+    for step in range(steps + 1):
+        U, pull = x.positions[N:] / N, np.zeros((3, 3))  # [3, 3], [3, 3]
+        if np.abs(U).max() > 1:  # stretched or shrunk e-fold: that is no relaxation any more
+            return
+        F, atoms = expm(U), atoms.copy()  # [3, 3]
+        atoms.set_cell(cell0 @ F.T)
+        atoms.positions = x.positions[:N] @ F.T  # [N, 3]
+        atoms.info.update(steps=step, converged=False)
+        yield atoms
+        if cell:
+            virial = atoms.get_volume() * voigt_6_to_full_3x3_stress(atoms.calc.results["stress"])  # [3, 3]
+            pull = -expm_frechet(U.T, virial @ np.linalg.inv(F.T), compute_expm=False) / N  # [3, 3]
+        f = np.concatenate([atoms.calc.results["forces"] @ F, pull])  # [N+3, 3]
+        atoms.info["converged"] = bool(np.linalg.norm(f, axis=1).max() < fmax)
+        if atoms.info["converged"]:
+            return
+        x.calc = SinglePointCalculator(x, forces=f)
+        optimizer.step()
+
+
+def relax(model: Facet, crystals: list[ase.Atoms], fmax: float = 0.02, steps: int = 500, cell: bool = True,
+          batch_atoms: int = 256) -> list[ase.Atoms]:
+    """Relax many crystals at once, atoms and, if `cell`, lattice vectors: each takes the steps of ASE's FIRE (see `fire`).
+
+    Returns copies with energy, forces and stress, and in atoms.info "steps" and "converged": no force, and no row of the
+    cell's, reaches fmax (eV/Å). Converged crystals leave the batch; one that breaks (NaN, atoms on one spot, a cell stretched or
+    shrunk e-fold) stops where it was last sound, and the others do not notice.
+    Raises ValueError for constraints, for a cell that cannot relax and for what find_neighbours refuses.
+    """
+    for s, atoms in enumerate(crystals):
+        if atoms.constraints or cell and atoms.cell.rank < 3:
+            raise ValueError(f"crystal {s} has constraints, or lacks the three lattice vectors that cell=True needs")
+    runs = [fire(atoms, fmax, steps, cell) for atoms in crystals]
+    relaxed = [next(run) for run in runs]
+    moving = dict(enumerate(relaxed))
+    while moving:
+        graphs, after = {}, {}
+        for s, atoms in moving.items():
+            try:
+                graphs[s] = find_neighbours(atoms, model.config)
+            except ValueError as error:
+                if atoms.info["steps"] == 0:
+                    raise ValueError(f"crystal {s}: {error}") from None
+        for s, results in zip(graphs, evaluate(model, [*graphs.values()], batch_atoms)):
+            if all(np.isfinite(value).all() for value in results.values()):
+                relaxed[s] = moving[s]
+                relaxed[s].calc = SinglePointCalculator(relaxed[s], **results)
+                after[s] = next(runs[s], None)
+        moving = {s: atoms for s, atoms in after.items() if atoms}
+    return relaxed
 
 
 # ─── §10 Self-check: python facet.py ───────────────────────────────────────────────────────────────────────────────────
@@ -714,90 +761,39 @@ def random_alloy(atoms: int, seed: int = 0) -> ase.Atoms:
     return crystal
 
 
-def check_parts(R: Tensor) -> None:
-    """Harmonics, coupling, grid."""
-    points, weights = lebedev(12)
-    gram = torch.einsum("p,pa,pb->ab", weights, harmonics(points, 6), harmonics(points, 6))  # [49, 49]
-    print(f"harmonics, l ≤ 6        |⟨Y Y⟩ − 1|               {(gram - torch.eye(49)).abs().max():.1e}")
-    D, worst = rotation_of_rows(R, 3), 0.0
-    for l1, l2, l3 in paths(3, 3, 3):
-        G = gaunt(l1, l2, l3)
-        turned = torch.einsum("abc,xa,yb,zc->xyz", G, *(D[degree(l), degree(l)] for l in (l1, l2, l3)))
-        worst = max(worst, float((turned - G).abs().max()))
-    print(f"coupling, l ≤ 3         change under rotation     {worst:.1e}")
-    D, x = rotation_of_rows(R, 2), torch.randn(50, 9, 16, dtype=torch.float64)
-    for kind, degrees in ((ProductGrid, (5, 6, 15)), (SiluGrid, (6, 15, 29))):
-        for exact in degrees:
-            layer = kind(2, Config(("Si",), channels=16, grid_degree=exact)).double()
-            error = (D @ layer(x) - layer(D @ x)).norm() / layer(x).norm()
-            print(f"{kind.__name__:12s} {len(layer.to_grid):3d} points  equivariance error, L = 2 {error:.1e}")
-
-
-def check_variance(model: Facet, batch: Batch) -> None:
-    """Second moment of the features, per layer, stage and degree: near 1 means that signals neither die nor explode."""
-    def show(name):
-        def hook(module, inputs, out):
-            print(f"    {name:18s}", *(f"{out[:, degree(l)].square().mean():8.2f}" for l in range(round(sqrt(out.shape[1])))))
-        return hook
-    model = copy.deepcopy(model)  # it keeps the hooks
-    for t, layer in enumerate(model.layers):
-        for stage in ("mix", "skip", "grid"):
-            getattr(layer, stage).register_forward_hook(show(f"{t + 1} {stage}"))
-    print("second moments of the features: layer, stage, l = 0 1 2 …")
-    model(batch)
-
-
-def check_symmetry(model: Facet, crystal: ase.Atoms, R: np.ndarray) -> None:
-    """Energy, forces and stress of a rotated, reflected, shifted, relabelled crystal; and against central differences."""
-    def evaluate(atoms):
-        batch = make_batch([find_neighbours(atoms, model.config)], model.config.cutoff, torch.float64)
-        return {name: value.numpy() for name, value in model(batch).items()}
-    here, order = evaluate(crystal), np.random.default_rng(1).permutation(len(crystal))
-    moved = crystal[order]
-    moved.set_cell(crystal.cell.array @ R.T)
-    moved.positions = moved.positions @ R.T + [0.3, -7.0, 11.0]
-    there = evaluate(moved)
-    print(f"symmetry                energy {abs(there['energy'] - here['energy'])[0]:.1e} eV, forces "
-          f"{abs(there['forces'] - here['forces'][order] @ R.T).max():.1e} eV/Å, stress "
-          f"{abs(there['stress'] - R @ here['stress'] @ R.T).max():.1e} eV/Å³")
-    step, energy = 1e-4, {}  # Å, or strain
-    for sign in (1, -1):
-        pushed, sheared = crystal.copy(), crystal.copy()
-        pushed.positions[0, 0] += sign * step
-        strain = np.eye(3) + sign * step / 2 * np.array([[0, 1, 0], [1, 0, 0], [0, 0, 0]])
-        sheared.set_cell(crystal.cell.array @ strain, scale_atoms=True)
-        energy[sign] = np.array([evaluate(pushed)["energy"][0], evaluate(sheared)["energy"][0]])
-    force, stress = (energy[1] - energy[-1]) / (2 * step) / [-1, crystal.get_volume()]
-    print(f"central differences     force {abs(force - here['forces'][0, 0]):.1e} eV/Å, "
-          f"shear stress {abs(stress - here['stress'][0, 0, 1]):.1e} eV/Å³")
-
-
-def check_speed(config: Config) -> None:
-    """Parameters by part; milliseconds for energy, forces and stress in float32, neighbours given."""
-    model = Facet(config).requires_grad_(False)
-    count = {part: sum(p.numel() for name, p in model.named_parameters() if part in name)
-             for part in ("splines", "mix", "skip", "grid", "embedding", "readout")}
-    print(f"parameters              {sum(count.values())}:", ", ".join(f"{part} {n}" for part, n in count.items()))
-    for atoms in (8, 64, 512):
-        batch, times = make_batch([find_neighbours(random_alloy(atoms), config)], config.cutoff), []
-        for _ in range(8):
-            start = time.perf_counter()
-            model(batch)
-            times.append(1000 * (time.perf_counter() - start))
-        print(f"speed                   {atoms:4d} atoms, {batch.src.shape[1]} neighbours: {np.median(times[2:]):.1f} ms")
-
-
 def self_check() -> None:
-    """Print what a reader who changed the file wants to know. Takes seconds."""
+    """Print what a reader who changed the file wants to know, within seconds."""
     print(f"Facet on CPU, {torch.get_num_threads()} threads, torch {torch.__version__}; float64 but for the speed")
-    R = -np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]  # generic: multiples of 90° prove nothing
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        check_parts(torch.from_numpy(R))
-        model, crystal = Facet(Config(("C", "Si"), mean_neighbours=28.0), torch.float64), random_alloy(64)
-        check_variance(model, make_batch([find_neighbours(crystal, model.config)], model.config.cutoff, torch.float64))
-        check_symmetry(model, crystal, R)
-        check_speed(model.config)
+    torch.manual_seed(0)
+    R = -np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]  # generic, improper: multiples of 90° prove nothing
+    D, x = rotation_of_rows(torch.from_numpy(R), 2), torch.randn(50, 9, 16, dtype=torch.float64)
+    for kind, exact in (ProductGrid, 5), (ProductGrid, 6), (SiluGrid, 6), (SiluGrid, 15), (SiluGrid, 29):
+        layer = kind(2, Config(("Si",), channels=16, grid_degree=exact)).double()
+        error = (D @ layer(x) - layer(D @ x)).norm() / layer(x).norm()
+        print(f"{kind.__name__:12s} {len(layer.to_grid):3d} points  equivariance error, L = 2 {error:.1e}")
+    model = Facet(Config(("C", "Si"), mean_neighbours=28.0), torch.float64)
+    graph, t, strain = find_neighbours(random_alloy(64), model.config), 1e-5, np.array([[1, 2, 3], [2, 4, 5], [3, 5, 6]]) / 10
+    push = np.random.default_rng(1).normal(size=(64, 3))  # [N, 3] Å
+    path = graph.vectors @ strain + push[graph.src] - push[graph.dst]  # [E, 3] how the edges change with atoms and cell
+    here, there, after, before = evaluate(model, [graph._replace(vectors=vectors) for vectors in (
+        graph.vectors, graph.vectors @ R.T, graph.vectors + t * path, graph.vectors - t * path)])
+    slope = graph.volume * (voigt_6_to_full_3x3_stress(here["stress"]) * strain).sum() - (here["forces"] * push).sum()  # eV
+    print(f"symmetry                energy {abs(there['energy'] - here['energy']):.1e} eV, "
+          f"forces {abs(there['forces'] - here['forces'] @ R.T).max():.1e} eV/Å")
+    print(f"central differences     forces and stress {abs((after['energy'] - before['energy']) / (2 * t) - slope):.1e} eV")
+    print("second moments of the features, layer by layer, l = 0 1 2 …: near 1 where signals neither die nor explode")
+
+    def show(stage, _, x):
+        print(f"    {type(stage).__name__:12s}", *(f"{x[:, degree(l)].square().mean():8.2f}" for l in range(isqrt(x.shape[1]))))
+    for stage in (stage for layer in model.layers for stage in (layer.mix, layer.skip, layer.grid)):
+        stage.register_forward_hook(show)
+    evaluate(model, [graph])
+    print("parameters             ", sum(p.numel() for p in model.parameters()))
+    model = Facet(model.config)
+    for atoms in (8, 64, 512):
+        batch = make_batch([find_neighbours(random_alloy(atoms), model.config)], model.config.cutoff)
+        times = repeat(lambda: model(batch), number=1, repeat=8)[2:]  # s
+        print(f"speed                   {atoms:4d} atoms, {batch.src.shape[1]} neighbours: {1000 * np.median(times):.1f} ms")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """SevenNet-0 with facet.py's radial splines in place of its radial MLPs: parameters saved, and what it costs.
 
-    python benchmarks/sevennet_trim.py            # 7 minutes of one core; writes results/ and figures/sevennet_trim.*
-    python benchmarks/sevennet_trim.py --quick    # a minute: 3 crystals, one step, meaningless numbers; writes nothing
+    python benchmarks/sevennet_trim.py            # 31 minutes at a load of 8; writes results/ and figures/sevennet_trim.*
+    python benchmarks/sevennet_trim.py --quick    # 46 s of a core: 3 crystals, one step, so poor fits; writes nothing
 
 SevenNet-0 (Park et al., J. Chem. Theory Comput. 20, 4857 (2024); needs the package sevenn) has five layers. In each an
 MLP 8→64→64→out turns the distance of an edge into the weights of its messages. An MLP of one number is a set of functions
@@ -16,8 +16,11 @@ Exact folds, which change nothing: the readout 128→64→1 has no activation be
 an element's embedding only passes through linear maps before the first message, so a table of what comes out does.
 
 "Tuned" variants then learn SevenNet-0's own energies, forces and stresses on other rattled crystals: only the splines and
-their mixing change. Molecules in boxes, whose bonds are shorter, are in all three sets but are reported apart. Everything is judged on crystals with compositions that neither the SVD nor the tuning has seen.
-Beyond this: below FIRST_KNOT the splines run out, and atoms as close as that are not described.
+their mixing change. Everything is judged on crystals with compositions that neither the SVD nor the tuning has seen.
+Molecules in boxes, whose bonds are shorter, are in all these sets but are reported apart.
+
+The parameters saved by splines and by folds are added up; "embedding not folded" among the goals tells how far the splines
+(and the readout) get alone. Below FIRST_KNOT the splines run out, and atoms as close as that are not described.
 """
 from __future__ import annotations
 

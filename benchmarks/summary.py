@@ -22,7 +22,8 @@ def rows() -> list[str]:
     for script in SCRIPTS:
         path = RESULTS / f"{script}.json"
         if path.exists():
-            for name, entry in json.loads(path.read_text())["headline"].items():
+            content = json.loads(path.read_text())
+            for name, entry in (content.get("headline") or content["goals"]).items():
                 lines.append(f"| {name} | {number(entry['value'])} | {entry['goal']} | {'reached' if entry['reached'] else 'missed'} | "
                              f"[{script}.py](benchmarks/{script}.py) |")
     return lines

@@ -48,14 +48,20 @@ def facet_run(data: Path, name: str, minutes: float) -> dict:
     return run
 
 
-def mace_run(path: Path) -> dict:
-    """A curve of mace_train.py, its time axis put right: every epoch costs what the fastest did."""
-    run = json.loads(path.read_text())
-    curve = run["curve"]
-    epoch = min(np.diff([point["cpu_seconds"] for point in curve]))
-    for i, point in enumerate(curve):
-        point["cpu_seconds_measured"], point["cpu_seconds"] = point["cpu_seconds"], i * epoch
-    return run
+def mace_runs(paths: list[Path]) -> list[dict]:
+    """Curves of mace_train.py, their time axis put right: every epoch costs what the fastest of its kind did.
+
+    Where several files are of one model and set, the longest is the curve; the others, undisturbed epochs, count as clocks.
+    """
+    runs = {}
+    for run in (json.loads(path.read_text()) for path in paths):
+        runs.setdefault((run["set"], run["model"]), []).append(run)
+    for same in runs.values():
+        epoch = min(float(min(np.diff([point["cpu_seconds"] for point in run["curve"]]))) for run in same)
+        same.sort(key=lambda run: -len(run["curve"]))
+        for i, point in enumerate(same[0]["curve"]):
+            point["cpu_seconds_measured"], point["cpu_seconds"] = point["cpu_seconds"], i * epoch
+    return [same[0] for same in runs.values()]
 
 
 def crossing(facet: list[dict], key: str, goal: float) -> float | None:
@@ -118,7 +124,7 @@ def main():
     args = parser.parse_args()
     path = RESULTS / "time_to_accuracy.json"
     kept = json.loads(path.read_text()) if path.exists() else {"facet": {}, "mace": []}
-    mace = [mace_run(file) for file in args.mace] or kept["mace"]
+    mace = mace_runs(args.mace) or kept["mace"]
     facet = kept["facet"] if args.reuse else {name: [] for name in args.sets}
     if not args.reuse:
         with ThreadPoolExecutor(args.parallel) as pool:  # longest first, so that the two cores end together
