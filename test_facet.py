@@ -1076,7 +1076,7 @@ def test_readme_names_a_function_that_does_not_exist():
 
 
 def test_readme_numbers_are_not_those_measured():
-    """Every row of the accuracy table is what benchmarks/accuracy.py wrote."""
+    """Every row of the accuracy table is what benchmarks/accuracy.py wrote, the table of goals what benchmarks/summary.py prints."""
     sets = json.loads((HERE / "benchmarks" / "results" / "accuracy.json").read_text())["sets"]
     text = (HERE / "README.md").read_text()
     for name, content in sets.items():
@@ -1086,6 +1086,8 @@ def test_readme_numbers_are_not_those_measured():
         spread = len(content["runs"]) > 1
         assert (f"{energy['mean']:.2f}" + (f" ± {energy['std']:.2f}" if spread else "")) in row, row
         assert (f"{force['mean']:.4f}" + (f" ± {force['std']:.4f}" if spread else "")) in row, row
+    table = subprocess.run([sys.executable, HERE / "benchmarks" / "summary.py"], capture_output=True, text=True, check=True).stdout
+    assert len(table.splitlines()) > 10 and table in text, "run benchmarks/summary.py and paste what it prints"
 
 
 def test_self_check_prints_an_error():

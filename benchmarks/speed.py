@@ -34,7 +34,7 @@ from itertools import product
 
 import numpy as np
 
-from common import FIGURES, ROOT, write_results
+from common import FIGURES, RESULTS, ROOT, write_results
 
 PYTHONS = {"Facet": "facet", "MACE": "mace", "SevenNet-0": "sevenn", "NequIP": "nequip"}  # the option, by a model's first word
 MODELS = ["Facet", "MACE 128x0e", "MACE 128x0e+128x1o", "MACE 64x0e+64x1o", "SevenNet-0", "NequIP", "NequIP compiled",
@@ -279,6 +279,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[])
     parser.add_argument("--species", type=int, nargs="+", default=[89, 4], choices=(89, 4))
     parser.add_argument("--sizes", type=int, nargs="+", default=[], help="numbers of atoms, of 8 54 64 128 512 1000 4096")
+    parser.add_argument("--add", action="store_true", help="keep what else the results file has: numbers of threads or species")
     parser.add_argument("--quick", action="store_true", help="2 rounds of 8 and 64 atoms; writes nothing")
     args, begin = parser.parse_args(), time.perf_counter()
     args.threads = args.threads or ([1] if args.quick or args.device == "cuda" else [1, 2])
@@ -291,6 +292,8 @@ def main() -> None:
     sizes = args.sizes or ([8, 64] if args.quick else [atoms_in(crystal) for crystal in CRYSTALS])
     names = [name for name in (MODELS if args.device == "cpu" else ON_GPU) if PYTHONS[name.split()[0]] in pythons]
     runs = run_all(args, names, pythons, [crystal for crystal in CRYSTALS if atoms_in(crystal) in sizes])
+    if args.add:
+        runs = json.loads((RESULTS / f"speed{'_cuda' * (args.device == 'cuda')}.json").read_text())["runs"] | runs
     print("goals, at the worst crystal and number of threads")
     headline, name = goals(runs), "speed" if args.device == "cpu" else "speed_cuda"
     if not args.quick:

@@ -8,7 +8,7 @@ import json
 
 from common import RESULTS
 
-SCRIPTS = ("speed", "time_to_accuracy", "relax", "sevennet_trim")
+SCRIPTS = {"speed": "speed: ", "time_to_accuracy": "", "relax": "relaxation: ", "sevennet_trim": "SevenNet-0 with splines, "}  # and a title
 
 
 def number(value: float | None) -> str:
@@ -19,12 +19,12 @@ def number(value: float | None) -> str:
 def rows() -> list[str]:
     """The table's lines, in markdown."""
     lines = ["| measured | value | wanted | | by |", "|---|---|---|---|---|"]
-    for script in SCRIPTS:
+    for script, title in SCRIPTS.items():
         path = RESULTS / f"{script}.json"
         if path.exists():
             content = json.loads(path.read_text())
             for name, entry in (content.get("headline") or content["goals"]).items():
-                lines.append(f"| {name} | {number(entry['value'])} | {entry['goal']} | {'reached' if entry['reached'] else 'missed'} | "
+                lines.append(f"| {title}{name} | {number(entry['value'])} | {entry['goal']} | {'reached' if entry['reached'] else 'missed'} | "
                              f"[{script}.py](benchmarks/{script}.py) |")
     return lines
 
