@@ -545,7 +545,9 @@ def draw(summary: dict, rows: dict, steps: int) -> None:
     """Force MAE against the time of a training step: a column per set, a row per group; the front of all in grey."""
     from matplotlib.figure import Figure
     groups = {"radial": "radial functions", "update": "node update", "size": "size of the model"}
-    figure = Figure((8.5, 10), layout="constrained", facecolor="white")
+    trained = {VARIANTS[name].group for variants in summary.values() for name, found in variants.items() if "steps" in found}
+    groups = {group: text for group, text in groups.items() if group in trained}
+    figure = Figure((8.5, 3.4 * len(groups)), layout="constrained", facecolor="white")
     for (i, j), axis in np.ndenumerate(figure.subplots(len(groups), len(summary), squeeze=False)):
         group, key = list(groups)[i], list(summary)[j]
         points = points_of(summary[key], rows, key)
