@@ -260,6 +260,11 @@ def labels(frames: list[Frame], device, dtype=torch.float32) -> dict[str, torch.
             "atoms": torch.tensor([len(frame.atoms) for frame in frames], device=device)}
 
 
+def ten_structures(frames: list[Frame]) -> int:
+    """Atoms in a batch of ten structures of mean size, at most 256."""
+    return min(256, 10 * sum(len(frame.atoms) for frame in frames) // len(frames))
+
+
 def batches(frames: list[Frame], atoms: int, rng: np.random.Generator | None):
     """Lists of frames of about `atoms` atoms together; endless and shuffled with an rng, once and in order without."""
     batch, size = [], 0
@@ -507,7 +512,7 @@ def main(s: Settings, command: str = "", out: Path = Path("runs")) -> dict:
                 name=s.name or ("emt" if embedded else Path(s.train[0].replace("*", "")).name.split(".")[0]))
     train = embedded_set(out) if embedded else read(s.train, s.stress_weight > 0)
     train, test = (train, read(s.test, s.stress_weight > 0)) if s.test else split(train, s.seed)
-    s = replace(s, batch_atoms=s.batch_atoms or min(256, 10 * sum(len(f.atoms) for f in train) // len(train)))
+    s = replace(s, batch_atoms=s.batch_atoms or ten_structures(train))
     torch.manual_seed(s.seed)
     config = configure(train, test, s)
     model = facet.Facet(config).to(s.device)

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from common import FIGURES, RESULTS, SETS, silicon, write_results
+from common import FIGURES, RESULTS, SETS, each_layer, in_turn, silicon, write_results
 from density import EdgeWiseDensity
 
 import facet
@@ -201,13 +201,6 @@ class TensorProduct(facet.ProductGrid):
 
 # ─── The variants ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-def each_layer(model: facet.Facet, part: str, make: Callable) -> None:
-    """Replace one part of every layer by make(l_in, l_out)."""
-    l = [0] + [model.config.degree] * (model.config.layers - 1) + [0]
-    for t, layer in enumerate(model.layers):
-        setattr(layer, part, make(l[t], l[t + 1]))
-
-
 def radial(kind: type, trained: bool = True) -> Callable:
     """A swap: other radial functions."""
     def swap(model):
@@ -348,18 +341,6 @@ def megabytes(step: Callable) -> float:
     return sum(storage.nbytes() for storage in kept.values()) / 1e6
 
 
-def in_turn(jobs: dict, seconds: float) -> dict:
-    """As common.in_turn, but milliseconds of the processor: what other programs take from it does not count."""
-    def clock(job):
-        start = time.process_time()
-        job()
-        return 1000 * (time.process_time() - start)
-    end, rounds = time.perf_counter() + seconds, []
-    while len(rounds) < 4 or time.perf_counter() < end:
-        rounds.append([clock(job) for job in jobs.values()])
-    return dict(zip(jobs, np.median(rounds[1:], 0).tolist()))
-
-
 def measure(args, names: list[str]) -> dict:
     """For each variant: errors of the check, parameters, megabytes and milliseconds. What is timed runs in turn."""
     data = {name: dataset(args.data, name) for name in args.sets}
@@ -371,7 +352,7 @@ def measure(args, names: list[str]) -> dict:
         row["parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
         row["step_MB"] = {key: megabytes(jobs[key, name]) for key in args.sets}
         row["step_ms"] = {}
-    for (kind, name), ms in in_turn(jobs, args.seconds).items():
+    for (kind, name), ms in in_turn(jobs, args.seconds, time.process_time).items():
         if kind == "evaluation":
             rows[name]["evaluation_ms"] = ms
         else:

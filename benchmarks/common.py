@@ -21,20 +21,27 @@ sys.path.insert(0, str(ROOT))  # facet.py and train_small.py are not installed
 SETS = {"Si": "mlearn/Si_{}.extxyz", "Li": "mlearn/Li_{}.extxyz", "crystals": "crystals/crystals_{}.json.gz"}  # train, test
 
 
-def clock(job: Callable) -> float:
-    """Milliseconds of one run."""
-    start = time.perf_counter()
+def clock(job: Callable, now: Callable[[], float] = time.perf_counter) -> float:
+    """Milliseconds of one run; with now=time.process_time those of the processor, which other programs disturb less."""
+    start = now()
     job()
-    return 1000 * (time.perf_counter() - start)
+    return 1000 * (now() - start)
 
 
-def in_turn(jobs: dict[str, Callable], seconds: float) -> dict[str, float]:
+def in_turn(jobs: dict, seconds: float, now: Callable[[], float] = time.perf_counter) -> dict:
     """Median milliseconds of each job. All run once a round until the seconds are spent; the first is left out."""
     end, rounds = np.inf, []
     while len(rounds) < 4 or time.perf_counter() < end:
-        rounds.append([clock(job) for job in jobs.values()])
+        rounds.append([clock(job, now) for job in jobs.values()])
         end = time.perf_counter() + seconds if len(rounds) == 1 else end
     return dict(zip(jobs, np.median(rounds[1:], 0).tolist()))
+
+
+def each_layer(model, part: str, make: Callable) -> None:
+    """Replace one part of every layer of a Facet by make(l_in, l_out)."""
+    l = [0] + [model.config.degree] * (model.config.layers - 1) + [0]
+    for t, layer in enumerate(model.layers):
+        setattr(layer, part, make(l[t], l[t + 1]))
 
 
 def rattled(crystal: ase.Atoms, distance: float) -> ase.Atoms:

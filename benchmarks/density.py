@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import clock, hardware, in_turn, rattled, silicon, write_results
+from common import clock, each_layer, hardware, in_turn, rattled, silicon, write_results
 
 import facet
 
@@ -116,10 +116,8 @@ def model_jobs(kind: type[facet.Density], batch: facet.Batch, config: facet.Conf
     torch.manual_seed(0)
     trained, evaluated = facet.Facet(config), facet.Facet(config).requires_grad_(False)
     evaluated.load_state_dict(trained.state_dict())
-    l = [0] + [config.degree] * (config.layers - 1) + [0]
     for model in (trained, evaluated):
-        for t, layer in enumerate(model.layers):
-            layer.density = kind(l[t], l[t + 1], config).float()
+        each_layer(model, "density", lambda l_in, l_out: kind(l_in, l_out, config).float())
 
     def evaluate() -> list[Tensor]:
         out = evaluated(batch)

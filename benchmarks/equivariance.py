@@ -62,8 +62,7 @@ def trained(name: str, data: Path, out: Path, steps: int) -> tuple[dict[int, fac
     """The model after 0, 1/20, …, all of the steps, in float64; test errors and seconds. Trains unless `out` has it."""
     (activation, grid_degree), folder = MODELS[name], out / f"{name}-{steps}"
     train, test = (train_small.read((str(data / SETS["Si"].format(part)),), True) for part in ("train", "test"))
-    settings = train_small.Settings(steps=steps, activation=activation,
-                                    batch_atoms=min(256, 10 * sum(len(f.atoms) for f in train) // len(train)))
+    settings = train_small.Settings(steps=steps, activation=activation, batch_atoms=train_small.ten_structures(train))
     config, result = replace(train_small.configure(train, test, settings), grid_degree=grid_degree), folder / "result.json"
     if not result.exists() or facet.load(folder / "0.pt").config != config:
         print(f"training {name}, {steps} steps → {folder}/")
