@@ -5,6 +5,7 @@
 [B]  I. Batatia et al., "MACE", 2022, arXiv 2206.07697: density projections, normalisation by a mean neighbour count.
 [L]  V. I. Lebedev, D. N. Laikov, Doklady Mathematics 59, 477 (1999): quadrature on the sphere.
 [D]  C. de Boor, "A Practical Guide to Splines", 2001, ch. IX: B-splines.
+[Z]  J. F. Ziegler, J. P. Biersack, U. Littmark, "The Stopping and Range of Ions in Solids", 1985: screened nuclei.
 
     crystal ─ neighbours ─┬─ radial splines φ_b(r)  (§2) ┐
               (§1)        └─ harmonics Y_lm(r̂)      (§3) ┴─ density ─ mix ─ + skip ─ grid layer ─ … ─ energy ─ forces, stress
@@ -35,6 +36,8 @@ It does not include: charges, spins, long-range forces, odd-parity couplings, di
 """
 from __future__ import annotations
 
+import io
+import os
 from dataclasses import asdict, dataclass, fields
 from math import factorial, isqrt, sqrt
 from pathlib import Path
@@ -44,9 +47,10 @@ from typing import Iterator, NamedTuple
 import ase.build
 import numpy as np
 import torch
+from ase import units
 from ase.calculators.calculator import Calculator, all_changes
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.data import atomic_numbers
+from ase.data import atomic_numbers, covalent_radii
 from ase.optimize import FIRE
 from ase.stress import full_3x3_to_voigt_6_stress, voigt_6_to_full_3x3_stress
 from scipy.integrate import lebedev_rule
@@ -72,11 +76,12 @@ class Config:
     mean_neighbours: float = 30.0      # of the training set; sums over neighbours are divided by its root
     energy_scale: float = 1.0          # eV; force RMS of the training set times 1 Å
     reference_energies: tuple[float, ...] = ()  # eV per species, E0; empty: zeros
+    core: tuple[float, ...] = ()       # Å per species; two atoms closer than the sum of theirs repel; empty: ¾ covalent radius
 
     def __post_init__(self):
         """Raise ValueError, in one sentence, for what cannot be built. NumPy numbers become plain ones, fit to be saved."""
         for field in fields(self):
-            value, many = getattr(self, field.name), field.name in ("species", "reference_energies")
+            value, many = getattr(self, field.name), field.name in ("species", "reference_energies", "core")
             object.__setattr__(self, field.name, tuple(np.asarray(value).tolist()) if many else type(field.default)(value))
         if not self.species or len(atomic_numbers.keys() & self.species) < len(self.species):
             raise ValueError(f"species must be different chemical symbols, such as ('Si', 'O'), not {self.species}")
@@ -88,12 +93,11 @@ class Config:
             raise ValueError(f'activation must be "product" or "silu", not "{self.activation}"')
         if not (0 <= self.first_knot < self.cutoff and self.mean_neighbours > 0):
             raise ValueError(f"first_knot must lie between 0 and the cutoff ({self.cutoff} Å), mean_neighbours above 0")
-        if len(self.reference_energies) not in (0, len(self.species)):
-            raise ValueError("reference_energies needs one energy per species, or none at all")
+        if {len(self.reference_energies), len(self.core)} - {0, len(self.species)}:
+            raise ValueError("reference_energies and core need one number per species, or none at all")
 
 
 # ─── §1 Crystals to neighbours ─────────────────────────────────────────────────────────────────────────────────────────
-
 class Neighbours(NamedTuple):
     """One crystal as the model sees it, in NumPy, sorted by dst. Made once, batched many times."""
     species: np.ndarray                # [N] index into config.species
@@ -182,7 +186,6 @@ def make_batch(crystals: list[Neighbours], cutoff: float, dtype=torch.float32) -
 
 
 # ─── §2 Radial functions ───────────────────────────────────────────────────────────────────────────────────────────────
-
 class RadialSplines(nn.Module):
     """`count` learned functions of the distance, each a uniform cubic B-spline. [F §3.1], [D]
 
@@ -191,9 +194,9 @@ class RadialSplines(nn.Module):
     N is the cubic B-spline centred on 0: four cubic pieces on [−2, 2] that join with two continuous derivatives. A spline
     is a look-up table with smooth interpolation: at any r four entries count. The last N ends at the cutoff, so value,
     slope and curvature of φ vanish there and it is exactly zero beyond: no cutoff function is needed. Below first_knot the
-    splines run out in the same way, so φ is smooth and finite down to r = 0.
+    splines run out in the same way, so φ is smooth and finite down to r = 0. The functions start as nearly as they can like
+    √(2/3) sin(nπx)/x, x = r/cutoff: sine-Bessel functions, of mean square 1 in the ball of that radius.
     """
-
     def __init__(self, count: int, config: Config):
         super().__init__()
         self.cutoff, self.first = config.cutoff, config.first_knot
@@ -201,20 +204,8 @@ class RadialSplines(nn.Module):
         pieces = torch.tensor([[1, -3, 3, -1], [4, 0, -6, 3], [1, 3, 3, -3], [0, 0, 0, 1]], dtype=torch.float64) / 6
         self.register_buffer("pieces", pieces.T.contiguous(), persistent=False)  # [power, piece]
         self.coefficients = nn.Parameter(torch.zeros(config.splines, count, dtype=torch.float64))  # [R, count]
-        frequencies = torch.arange(count) // (config.degree + 1) % config.groups + 1  # one frequency per group
-        self.fit(lambda r: self.sine_bessel(r, frequencies))
-
-    def sine_bessel(self, r: Tensor, n: Tensor) -> Tensor:
-        """How the functions start: sin(nπx)/x · u(x), x = r/r_cut, scaled to mean square 1 in the ball of radius r_cut.
-
-        u = 1 − 28x⁶ + 48x⁷ − 21x⁸ takes value, slope and curvature to 0 at the cutoff. r [...], n [count] → [..., count].
-        """
-        def raw(r):
-            x = (r[..., None] / self.cutoff).clamp(max=1)
-            return n * torch.sinc(n * x) * (1 - 28 * x ** 6 + 48 * x ** 7 - 21 * x ** 8)
-        x = torch.linspace(0, self.cutoff, 513, dtype=r.dtype)  # [513]
-        mean_square = (x[:, None] ** 2 * raw(x) ** 2).sum(0) / (x ** 2).sum()  # [count]
-        return raw(r) / mean_square.sqrt()
+        n = torch.arange(count) // (config.degree + 1) % config.groups + 1  # [count] one frequency per group
+        self.fit(lambda r: sqrt(6) * n / 3 * torch.pi * torch.sinc(n * r[:, None] / self.cutoff))
 
     def basis(self, r: Tensor) -> Tensor:
         """The R B-splines at r [...] Å → [..., R]."""
@@ -234,7 +225,6 @@ class RadialSplines(nn.Module):
     @torch.no_grad()
     def fit(self, f, distances: Tensor | None = None) -> Tensor:
         """Set the coefficients by least squares so that φ(r) ≈ f(r); f maps r [n] to [n, count] and is 0 beyond r_cut.
-
         distances [n] Å are those that occur (an MLP is to be imitated where it is used); without, the whole axis counts
         as in a uniform medium. Returns the root mean square error of each function, [count].
         """
@@ -247,8 +237,33 @@ class RadialSplines(nn.Module):
         return ((design @ fitted - target) ** 2).mean(0).sqrt()
 
 
-# ─── §3 Real spherical harmonics ───────────────────────────────────────────────────────────────────────────────────────
+class Core(nn.Module):
+    """Repulsion of atoms that come closer than any in the training data, half of V to either atom. [Z]
 
+        V(r) = k Z_i Z_j / r · ξ(r/a) · (1 − (r/ρ)⁶)³    for r < ρ = core_i + core_j, zero with two derivatives beyond
+
+    Below the shortest distance that it was trained on, a network may say anything; two nuclei, screened by their
+    electrons (ξ, a: Ziegler, Biersack and Littmark), say clearly what is right. V falls all the way from infinity to 0.
+    """
+    def __init__(self, config: Config):
+        super().__init__()
+        Z = np.array([atomic_numbers[symbol] for symbol in config.species])  # [Z]
+        table = np.stack([Z, Z ** 0.23 / 0.4685, np.asarray(config.core or 0.75 * covalent_radii[Z])])
+        self.register_buffer("table", torch.from_numpy(table), persistent=False)  # [3, Z] charge, 1/a (1/Å), core (Å)
+        xi = torch.tensor([[3.1998, 0.94229, 0.4029, 0.20162], [0.18175, 0.50986, 0.28022, 0.02817]], dtype=torch.float64)
+        self.register_buffer("xi", xi, persistent=False)  # [2, 4] exponents and weights
+
+    def forward(self, r: Tensor, species: Tensor, src: Tensor) -> Tensor:
+        """r [N, K] Å, species [N], src [N, K] → [N] eV."""
+        here = self.table[:, species]  # [3, N]
+        charge, core = here[0][:, None] * here[0][src], here[2][:, None] + here[2][src]  # 2 × [N, K]
+        x = r * (here[1][:, None] + here[1][src])  # [N, K] r/a
+        screening = torch.exp(-x[..., None] * self.xi[0]) @ self.xi[1]  # [N, K]
+        inside = (1 - (r / core) ** 6).clamp(min=0)  # [N, K]
+        return (units.Hartree * units.Bohr / 2 * charge / r * screening * inside ** 3).sum(1)  # [N]
+
+
+# ─── §3 Real spherical harmonics ───────────────────────────────────────────────────────────────────────────────────────
 def harmonics(unit: Tensor, L: int) -> Tensor:
     """Real spherical harmonics of degree 0 … L of unit vectors: [..., 3] → [..., (L+1)²]. Mean of Y² over the sphere: 1.
 
@@ -284,7 +299,6 @@ def degree_of_row(L: int) -> Tensor:
 
 
 # ─── §4 The grid and the coupling ──────────────────────────────────────────────────────────────────────────────────────
-
 def lebedev(exact_degree: int) -> tuple[Tensor, Tensor]:
     """Smallest Lebedev rule that integrates every polynomial of exact_degree: points [P, 3], weights [P] of sum 1. [L]"""
     for degree in (*range(3, 32, 2), *range(35, 132, 6)):
@@ -315,7 +329,6 @@ def paths(l_in: int, l_out: int, L: int) -> list[tuple[int, int, int]]:
 
 
 # ─── §5 Density: sum over neighbours first ─────────────────────────────────────────────────────────────────────────────
-
 def chunks(index: Tensor, X: int) -> list[slice]:
     """Rows of index [A, K] in portions whose gathered features [rows, K, X] fit the processor's cache (or a GPU's memory)."""
     rows = max(1, (2 ** 26 if index.is_cuda else 2 ** 17) // max(1, index.shape[1] * X))
@@ -330,7 +343,6 @@ class NeighbourSum(torch.autograd.Function):
     way, features of neighbours, the largest tensor of all, exist for one cache-sized chunk at a time and are never kept.
     A = N·B rows: group b of atom i sees group b of its neighbours.
     """
-
     @staticmethod
     def forward(ctx, edge, h, index):
         """edge [A, M, K], h [A, X], index [A, K] → [A, M, X]."""
@@ -339,7 +351,6 @@ class NeighbourSum(torch.autograd.Function):
         for a in chunks(index, h.shape[1]):
             torch.bmm(edge[a], embedding(index[a], h), out=D[a])  # embedding is h[index[a]] [rows, K, X], only faster
         return D
-
     @staticmethod
     def backward(ctx, D):
         edge, h, index = ctx.saved_tensors
@@ -348,7 +359,6 @@ class NeighbourSum(torch.autograd.Function):
 
 class NeighbourDot(torch.autograd.Function):
     """edge[a, m, k] = Σ_x D[a, m, x] h[index[a, k], x]."""
-
     @staticmethod
     def forward(ctx, D, h, index):
         """D [A, M, X], h [A, X], index [A, K] → [A, M, K]."""
@@ -357,7 +367,6 @@ class NeighbourDot(torch.autograd.Function):
         for a in chunks(index, h.shape[1]):
             torch.bmm(D[a], embedding(index[a], h).mT, out=edge[a])
         return edge
-
     @staticmethod
     def backward(ctx, edge):
         D, h, index = ctx.saved_tensors
@@ -366,7 +375,6 @@ class NeighbourDot(torch.autograd.Function):
 
 class NeighbourSpread(torch.autograd.Function):
     """h[x'] = Σ of Σ_m D[a, m, x] edge[a, m, k] over all a, k with index[a, k] = x'."""
-
     @staticmethod
     def forward(ctx, D, edge, index):
         """D [A, M, X], edge [A, M, K], index [A, K] → [A, X]."""
@@ -375,7 +383,6 @@ class NeighbourSpread(torch.autograd.Function):
         for a in chunks(index, h.shape[1]):
             h.index_add_(0, index[a].flatten(), torch.bmm(edge[a].mT, D[a]).flatten(0, 1))
         return h
-
     @staticmethod
     def backward(ctx, h):
         D, edge, index = ctx.saved_tensors
@@ -396,7 +403,6 @@ class Density(nn.Module):
 
     Little is lost by sharing: the mixing before and after (§6) lets every channel use the functions of every group.
     """
-
     def __init__(self, l_in: int, l_out: int, config: Config):
         super().__init__()
         L = config.degree
@@ -423,7 +429,6 @@ class Density(nn.Module):
 
 
 # ─── §6 Mixing and skip connection ─────────────────────────────────────────────────────────────────────────────────────
-
 def randn(*shape: int, fan_in: int = 1) -> nn.Parameter:
     """Random weights of variance 1/fan_in: inputs of unit variance give outputs of unit variance."""
     return nn.Parameter(torch.randn(*shape, dtype=torch.float64) / sqrt(fan_in))
@@ -431,7 +436,6 @@ def randn(*shape: int, fan_in: int = 1) -> nn.Parameter:
 
 class Mix(nn.Module):
     """message[i, l3 m3] = A[i, p, m3, c] W_l3[pc, c'], summed over paths p that end in l3 and channels c."""
-
     def __init__(self, counts: list[int], channels: int):
         super().__init__()
         self.W = nn.ParameterList(randn(Q * channels, channels, fan_in=Q * channels) for Q in counts)
@@ -443,7 +447,6 @@ class Mix(nn.Module):
 
 class Linear(nn.Module):
     """y[i, lm, c'] = Σ_c x[i, lm, c] W_l[c, c']: mixes channels, never m. No bias: it would point somewhere if l > 0."""
-
     def __init__(self, L: int, fan_in: int, fan_out: int):
         super().__init__()
         self.W = randn(L + 1, fan_in, fan_out, fan_in=fan_in)  # [L+1, fan_in, fan_out]
@@ -457,7 +460,6 @@ class Linear(nn.Module):
 
 class Skip(nn.Module):
     """Carries an atom's own features past the neighbours, scaled by the atom's species z: (h ⊙ a_z) W_l."""
-
     def __init__(self, l_in: int, l_out: int, config: Config):
         super().__init__()
         self.a = randn(len(config.species), config.channels)  # [Z, C]
@@ -471,7 +473,6 @@ class Skip(nn.Module):
 
 
 # ─── §7 Grid layer ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
 class GridLayer(nn.Module):
     """A non-linearity for features that rotate: x → x + f(x). [F §3.3]
 
@@ -541,10 +542,8 @@ class SiluGrid(GridLayer):
 
 
 # ─── §8 The network ────────────────────────────────────────────────────────────────────────────────────────────────────
-
 class Layer(nn.Module):
     """h ← grid layer of (mixed density of the neighbours + skip) / √2. Degrees 0 … l_in become 0 … l_out."""
-
     def __init__(self, l_in: int, l_out: int, config: Config):
         super().__init__()
         self.density = Density(l_in, l_out, config)
@@ -563,18 +562,17 @@ class Layer(nn.Module):
 class Facet(nn.Module):
     """The interatomic potential. Build with `Facet(config)`, call with a Batch, or use FacetCalculator.
 
-        E = Σ_i E0[z_i] + energy_scale · (h_i − h_alone[z_i]) · readout
+        E = Σ_i E0[z_i] + energy_scale · (h_i − h_alone[z_i]) · readout + core_i
 
     The first layer takes scalars (the embedded species), the last gives scalars (the energy), those between carry degrees
     0 … L. Each layer sees one cutoff further. What the network makes of an atom without neighbours is subtracted, so that
     the energy of an isolated atom is E0: one atom of each species rides along in every batch, after the N real ones.
     """
-
     def __init__(self, config: Config, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.config = config
         Z, C, T, L = len(config.species), config.channels, config.layers, config.degree
-        self.splines = RadialSplines(T * config.groups * (L + 1), config)
+        self.splines, self.core = RadialSplines(T * config.groups * (L + 1), config), Core(config)
         self.embedding = randn(Z, C)  # [Z, C]
         l = [0] + [L] * (T - 1) + [0]
         self.layers = nn.ModuleList(Layer(l[t], l[t + 1], config) for t in range(T))
@@ -594,7 +592,8 @@ class Facet(nn.Module):
         for layer, phi_t in zip(self.layers, phi):
             h = layer(h, species, index, phi_t, Y)  # [N+Z, M, C], the last [N+Z, 1, C]
         e, alone = (h[:, 0] @ self.readout).split([N, len(self.embedding)])  # [N], [Z]
-        return (e - alone[batch.species]).double() * self.config.energy_scale + self.E0[batch.species]  # [N]
+        learned = (e - alone[batch.species]).double() * self.config.energy_scale  # [N]
+        return learned + self.E0[batch.species] + self.core(r, batch.species, batch.src)  # [N]
 
     def forward(self, batch: Batch, training: bool = False) -> dict[str, Tensor]:
         """Energy [S] eV, energies [N] eV per atom, forces [N, 3] eV/Å, virial [S, 3, 3] eV and stress [S, 3, 3] eV/Å³, its
@@ -618,12 +617,16 @@ class Facet(nn.Module):
 
 
 # ─── §9 Use: files and the ASE calculator ──────────────────────────────────────────────────────────────────────────────
-
 def save(model: Facet, path: str | Path, **more) -> None:
-    """Write tensors and the plain config to path. A temporary file is renamed into place: no half-written checkpoint."""
-    temporary = Path(f"{path}.part")
+    """Write tensors and the plain config to path. A temporary file, safe on the disk, is renamed into place: whatever happens,
+    path holds the old checkpoint or the new one. Raises OSError when the disk is full or the folder cannot be written."""
+    temporary, content = Path(f"{path}.part"), io.BytesIO()  # torch.save itself would hide what is wrong with a disk
+    torch.save({"facet": 1, "config": asdict(model.config), "state": model.state_dict(), **more}, content)
     try:
-        torch.save({"facet": 1, "config": asdict(model.config), "state": model.state_dict(), **more}, temporary)
+        with open(temporary, "wb") as file:
+            file.write(content.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -745,7 +748,6 @@ def relax(model: Facet, crystals: list[ase.Atoms], fmax: float = 0.02, steps: in
 
 
 # ─── §10 Self-check: python facet.py ───────────────────────────────────────────────────────────────────────────────────
-
 def rotation_of_rows(R: Tensor, L: int) -> Tensor:
     """The matrix D [M, M] with Y(R r) = D Y(r), block-diagonal in l; solved from the values at enough directions."""
     points, _ = lebedev(2 * L + 1)

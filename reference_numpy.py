@@ -6,6 +6,7 @@ way to the same number exists, it is taken, so that a mistake would have to be m
          what                    facet.py                                  here
     §1   neighbours              KD-tree over ghost atoms                  every image, pair by pair
     §2   B-splines               four polynomial pieces, a look-up         scipy's B-splines on explicit knots
+         core                    all pairs, switched off by a clamp        close pairs, one by one
     §3   spherical harmonics     Cartesian recursion, no angles            scipy's complex harmonics, with angles
     §4   coupling                Lebedev quadrature                        Gauss-Legendre in z × uniform in angle
     §5   messages                sum over neighbours, then couple          couple edge by edge, then sum
@@ -20,9 +21,10 @@ only channels c, and edges where they are all alike, stay NumPy axes. `config` i
 """
 from functools import lru_cache
 from itertools import combinations_with_replacement, product
-from math import ceil, floor, pi, sqrt
+from math import ceil, exp, floor, pi, sqrt
 
 import numpy as np
+from ase.data import atomic_numbers, covalent_radii
 from scipy.integrate import lebedev_rule
 from scipy.interpolate import BSpline
 from scipy.special import expit, sph_harm_y
@@ -75,6 +77,16 @@ def radial_splines(r, coefficients, first_knot, cutoff):
         N_k = BSpline.basis_element(first_knot + h * np.arange(k - 2, k + 3), extrapolate=False)
         phi += np.nan_to_num(N_k(r))[:, None] * coefficients[n]  # scipy says nan outside of the knots
     return phi
+
+
+def core(r, charge_i, charge_j, reach):
+    """Half of the repulsion of two nuclei at distance r, screened by their electrons, eV; zero from `reach` on. [Z]"""
+    if r >= reach:
+        return 0.0
+    a = 0.4685 / (charge_i ** 0.23 + charge_j ** 0.23)  # Å
+    screening = (0.18175 * exp(-3.1998 * r / a) + 0.50986 * exp(-0.94229 * r / a)
+                 + 0.28022 * exp(-0.4029 * r / a) + 0.02817 * exp(-0.20162 * r / a))
+    return 0.5 * 14.399645 * charge_i * charge_j / r * screening * (1 - (r / reach) ** 6) ** 3  # e²/(4πε₀) in eV Å
 
 
 # ─── §3 Real spherical harmonics ──────────────────────────────────────────────────────────────────────────────────────
@@ -295,10 +307,13 @@ def evaluate(config, state, symbols, positions, cell, pbc):
            **features(config, state, species, dst, src, phi, Y)}
 
     E0 = config["reference_energies"] or [0.0] * len(config["species"])  # [Z]
+    radii = config["core"] or [0.75 * covalent_radii[atomic_numbers[symbol]] for symbol in config["species"]]  # [Z] Å
     energies = []
     for i, z in enumerate(species):
         alone = features(config, state, [z], dst[:0], src[:0], phi[:0], Y[:0])["h"][-1]  # [1, 1, C] without neighbours
-        energies.append(E0[z] + config["energy_scale"] * (out["h"][-1][i, 0] - alone[0, 0]) @ state["readout"])
+        close = sum(core(r[e], atomic_numbers[symbols[i]], atomic_numbers[symbols[src[e]]], radii[z] + radii[species[src[e]]])
+                    for e in np.flatnonzero(dst == i))
+        energies.append(E0[z] + config["energy_scale"] * (out["h"][-1][i, 0] - alone[0, 0]) @ state["readout"] + close)
     out["energies"] = np.array(energies)  # [N]
     out["energy"] = float(out["energies"].sum())
     return out

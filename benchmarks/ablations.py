@@ -58,7 +58,8 @@ class BesselLinear(facet.RadialSplines):
 
     def basis(self, r: Tensor) -> Tensor:
         """r [...] Å → [..., B]."""
-        return self.sine_bessel(r, torch.arange(1, len(self.coefficients) + 1, device=r.device))
+        x, n = (r[..., None] / self.cutoff).clamp(max=1), torch.arange(1, len(self.coefficients) + 1, device=r.device)
+        return sqrt(2 / 3) * torch.pi * n * torch.sinc(n * x) * (1 - 28 * x ** 6 + 48 * x ** 7 - 21 * x ** 8)
 
 
 class MLP(nn.Module):
