@@ -194,8 +194,8 @@ class RadialSplines(nn.Module):
     N is the cubic B-spline centred on 0: four cubic pieces on [−2, 2] that join with two continuous derivatives. A spline
     is a look-up table with smooth interpolation: at any r four entries count. The last N ends at the cutoff, so value,
     slope and curvature of φ vanish there and it is exactly zero beyond: no cutoff function is needed. Below first_knot the
-    splines run out in the same way, so φ is smooth and finite down to r = 0. The functions start as nearly as they can like
-    √(2/3) sin(nπx)/x, x = r/cutoff: sine-Bessel functions, of mean square 1 in the ball of that radius.
+    splines run out in the same way, so φ is smooth and finite down to r = 0. The functions start as √5/2
+    (1 − x²) sin(nπx)/x, x = r/cutoff: sine-Bessel functions that end smoothly, of mean square about 1 in the ball.
     """
     def __init__(self, count: int, config: Config):
         super().__init__()
@@ -205,7 +205,7 @@ class RadialSplines(nn.Module):
         self.register_buffer("pieces", pieces.T.contiguous(), persistent=False)  # [power, piece]
         self.coefficients = nn.Parameter(torch.zeros(config.splines, count, dtype=torch.float64))  # [R, count]
         n = torch.arange(count) // (config.degree + 1) % config.groups + 1  # [count] one frequency per group
-        self.fit(lambda r: sqrt(6) * n / 3 * torch.pi * torch.sinc(n * r[:, None] / self.cutoff))
+        self.fit(lambda r: sqrt(5) / 2 * torch.pi * n * torch.sinc(n * r[:, None] / self.cutoff) * (1 - (r[:, None] / self.cutoff) ** 2))
 
     def basis(self, r: Tensor) -> Tensor:
         """The R B-splines at r [...] Å → [..., R]."""
