@@ -19,6 +19,7 @@ import csv
 import glob
 import gzip
 import json
+import math
 import os
 import shlex
 import shutil
@@ -503,7 +504,7 @@ def warnings(frames: Frames) -> list[str]:
 
     def unexplained(y):
         return np.std(y - counts / atoms[:, None] @ np.linalg.lstsq(counts / atoms[:, None], y, rcond=None)[0])
-    if np.ptp(atoms) > 0.5 * atoms.min() and unexplained(energy) < 0.2 * unexplained(energy / atoms):
+    if np.ptp(atoms) > 0.5 * atoms.min() and unexplained(energy) < 0.5 * unexplained(energy / atoms):
         found.append(f"the energies ({energy[0]:.3f} eV for {atoms[0]:.0f} atoms in {some[0].name}) do not grow with the number of "
                      "atoms: are they energies per atom? Totals are meant")
     net = np.array([np.abs(frame.forces.sum(0)).max() for frame in some]) / np.sqrt(atoms)  # [F] eV/Å
@@ -874,7 +875,7 @@ def train_model(model: facet.Facet, train: Frames, test: Frames, s: Settings, fo
                     names = sum(everyone, [])
                 cause = f"because of {', '.join(names)}; look at it" if names else "on frames that are sound one by one; lower --lr"
                 raise BadInput(f"the loss became {sum(parts)} at step {step}, {cause}. {folder}/model.pt holds the weights before")
-            schedule = min(1, (step + 1) / 50) * 0.5 * (1 + np.cos(np.pi * progress))  # warm-up, then a cosine
+            schedule = min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * progress))  # warm-up, then a cosine
             weights.step(schedule, step := step + 1)
             seen += len(rows)
             filled += [target["edges"], batch.src.numel()]
