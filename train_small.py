@@ -486,7 +486,7 @@ def embedded_set(out: Path, count: int = 1000) -> Frames:
 
 # ─── Statistics of the training set ────────────────────────────────────────────────────────────────────────────────────
 
-KEPT = 2 * 10 ** 7                      # neighbours, of training and test set together, that are kept in memory: about 1 GB
+KEPT = 10 ** 7                          # neighbours, of training and test set together, that are kept in memory: about 0.5 GB
 SAMPLE = 5000                           # frames that stand for all where looking at each would take too long
 
 
@@ -589,7 +589,7 @@ def configure(train: Frames, test: Frames, s: Settings) -> facet.Config:
         for i, j in np.unique(pair, axis=0).tolist():
             shortest[i, j] = min(shortest.get((i, j), np.inf), float(r[(pair == (i, j)).all(1)].min()))
     train.config = test.config = replace(
-        config, mean_neighbours=max(1.0, edges), first_knot=0.9 * min(*shortest.values(), s.cutoff / 2),
+        config, mean_neighbours=max(1.0, edges), first_knot=0.7 * min(*shortest.values(), s.cutoff / 2),
         core=tuple(core_radii(shortest, numbers).tolist()))
     return train.config
 

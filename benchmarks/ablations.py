@@ -298,7 +298,7 @@ def check(name: str) -> dict[str, float]:
 def dataset(folder: Path, name: str) -> tuple[list, list, facet.Config]:
     """Frames to train on and to test, with neighbours, and the configuration of the default model."""
     settings = train_small.Settings()
-    train, test = (train_small.read((str(folder / SETS[name].format(part)),), True) for part in ("train", "test"))
+    train, test = (train_small.read((str(folder / SETS[name].format(part)),)) for part in ("train", "test"))
     return train, test, train_small.configure(train, test, settings)
 
 
@@ -307,13 +307,14 @@ def make_step(name: str, data: tuple, batch_atoms: int) -> Callable:
     torch.manual_seed(0)
     train, _, config = data
     model, s = build(name, config), train_small.Settings()
-    frames = next(train_small.batches(train, batch_atoms, np.random.default_rng(0)))
+    rows = next(train_small.epochs(train, batch_atoms * np.mean(train_small.sizes(train)[1]), 0))
+    _, batch, target = train_small.Samples(train)[rows]
     named = list(model.named_parameters())
     optimizers = [torch.optim.AdamW([p for n, p in named if ".mix.W" not in n], lr=1e-6),  # the weights shall hardly move
                   torch.optim.Muon([p for n, p in named if ".mix.W" in n], lr=1e-6)]
 
     def step() -> None:
-        energy, forces, virial = train_small.losses(model, frames, s.huber, "cpu")
+        energy, forces, virial = train_small.losses(model, batch, target, s.huber)
         model.zero_grad()
         (energy + forces + s.stress_weight * virial).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
@@ -401,9 +402,9 @@ def train(folder: Path, run: dict) -> dict:
         try:
             model, _ = train_small.train_model(model, frames, test[:1], settings, Path(where))  # one frame: watching is slow
         except train_small.BadInput as reason:
-            return {**run, ENERGY: np.nan, FORCE: np.nan, "diverged": str(reason).split(", on ")[0]}
+            return {**run, ENERGY: np.nan, FORCE: np.nan, "diverged": str(reason).split(", ")[0]}
     core_seconds = time.process_time() - start
-    return {**run, **train_small.errors(train_small.predict(model, test, 256, "cpu"), test), "core_seconds": core_seconds}
+    return {**run, **train_small.errors(train_small.predict(model, test, 256), test), "core_seconds": core_seconds}
 
 
 def train_all(args, runs: list[dict], content: dict) -> None:

@@ -61,7 +61,7 @@ class Snapshots(train_small.Log):
 def trained(name: str, data: Path, out: Path, steps: int) -> tuple[dict[int, facet.Facet], dict]:
     """The model after 0, 1/20, …, all of the steps, in float64; test errors and seconds. Trains unless `out` has it."""
     (activation, grid_degree), folder = MODELS[name], out / f"{name}-{steps}"
-    train, test = (train_small.read((str(data / SETS["Si"].format(part)),), True) for part in ("train", "test"))
+    train, test = (train_small.read((str(data / SETS["Si"].format(part)),)) for part in ("train", "test"))
     settings = train_small.Settings(steps=steps, activation=activation, batch_atoms=train_small.ten_structures(train))
     config, result = replace(train_small.configure(train, test, settings), grid_degree=grid_degree), folder / "result.json"
     if not result.exists() or facet.load(folder / "0.pt").config != config:
@@ -72,7 +72,7 @@ def trained(name: str, data: Path, out: Path, steps: int) -> tuple[dict[int, fac
         model = facet.Facet(config)
         facet.save(model, folder / "0.pt")
         model, spent = train_small.train_model(model, train, test, settings, folder)
-        result.write_text(json.dumps({**spent, **train_small.errors(train_small.predict(model, test, 256, "cpu"), test)}))
+        result.write_text(json.dumps({**spent, **train_small.errors(train_small.predict(model, test, 256), test)}))
     found = sorted(int(path.stem) for path in folder.glob("*.pt") if path.stem.isdigit())
     return {step: facet.load(folder / f"{step}.pt", dtype=torch.float64).requires_grad_(False) for step in found}, \
         json.loads(result.read_text())

@@ -32,7 +32,7 @@ def convert(data: Path, name: str, out: Path) -> dict[str, Path]:
     files = {}
     for part in ("train", "test"):
         images = []
-        for frame in train_small.read((str(data / SETS[name].format(part)),), with_stress=True):
+        for frame in train_small.read((str(data / SETS[name].format(part)),)):
             atoms = frame.atoms.copy()
             atoms.info.update(REF_energy=frame.energy, REF_stress=frame.stress)
             atoms.arrays["REF_forces"] = frame.forces

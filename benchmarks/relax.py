@@ -289,7 +289,7 @@ def main():
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore", message="logm result may be inaccurate")  # by 1e-13, FrechetCellFilter, at every step
     count, steps = (8, 15) if args.quick else (args.count, STEPS)
-    frames = train_small.read((str(args.data / SETS["crystals"].format("test")),), with_stress=True)
+    frames = train_small.read((str(args.data / SETS["crystals"].format("test")),))
     crystals = [atoms for seed in range(-(-max(count, args.batched) // count)) for atoms in perturbed(frames, count, seed)]
     model, calculators = models(args)
     sizes, load = [len(atoms) for atoms in crystals[:count]], os.getloadavg()[0]
