@@ -31,8 +31,7 @@ Conventions
     parity      degree l has parity (−1)^l, so only couplings with even l1 + l2 + l3 exist: the group is O(3), not SO(3)
     stress      +(1/volume) ∂E/∂strain, as ASE: positive means that the crystal wants to shrink
 
-It does not include: charges, spins, long-range forces, odd-parity couplings, dispersion, uncertainties.
-`python facet.py` checks what you changed.
+It does not include charges, spins, long-range forces, odd-parity couplings. `python facet.py` checks what you changed.
 """
 from __future__ import annotations
 
@@ -258,9 +257,8 @@ class Core(nn.Module):
         here = self.table[:, species]  # [3, N]
         charge, core = here[0][:, None] * here[0][src], here[2][:, None] + here[2][src]  # 2 × [N, K]
         x = r * (here[1][:, None] + here[1][src])  # [N, K] r/a
-        screening = torch.exp(-x[..., None] * self.xi[0]) @ self.xi[1]  # [N, K]
-        inside = (1 - (r / core) ** 6).clamp(min=0)  # [N, K]
-        return (units.Hartree * units.Bohr / 2 * charge / r * screening * inside ** 3).sum(1)  # [N]
+        screening = torch.exp(-x[..., None] * self.xi[0]) @ self.xi[1] * (1 - (r / core) ** 6).clamp(min=0) ** 3  # [N, K]
+        return (units.Hartree * units.Bohr / 2 * charge / r * screening).sum(1)  # [N]
 
 
 # ─── §3 Real spherical harmonics ───────────────────────────────────────────────────────────────────────────────────────

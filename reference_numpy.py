@@ -24,6 +24,7 @@ from itertools import combinations_with_replacement, product
 from math import ceil, exp, floor, pi, sqrt
 
 import numpy as np
+from ase import units
 from ase.data import atomic_numbers, covalent_radii
 from scipy.integrate import lebedev_rule
 from scipy.interpolate import BSpline
@@ -86,7 +87,8 @@ def core(r, charge_i, charge_j, reach):
     a = 0.4685 / (charge_i ** 0.23 + charge_j ** 0.23)  # Å
     screening = (0.18175 * exp(-3.1998 * r / a) + 0.50986 * exp(-0.94229 * r / a)
                  + 0.28022 * exp(-0.4029 * r / a) + 0.02817 * exp(-0.20162 * r / a))
-    return 0.5 * 14.399645 * charge_i * charge_j / r * screening * (1 - (r / reach) ** 6) ** 3  # e²/(4πε₀) in eV Å
+    unit = units._e / (4 * pi * units._eps0) * 1e10  # e²/(4πε₀), 14.4 eV Å
+    return 0.5 * unit * charge_i * charge_j / r * screening * (1 - (r / reach) ** 6) ** 3
 
 
 # ─── §3 Real spherical harmonics ──────────────────────────────────────────────────────────────────────────────────────

@@ -22,7 +22,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from functools import cache
-from itertools import product
+from itertools import combinations_with_replacement, product
 from pathlib import Path
 from types import ModuleType
 from unittest import mock
@@ -106,6 +106,7 @@ CONFIG = facet.Config(species=("Si", "O", "Cu"), cutoff=CUTOFF, degree=2, channe
 MODELS = {
     "L=2": {}, "L=1, one layer": dict(degree=1, layers=1), "L=3, first knot": dict(degree=3, first_knot=1.0),
     "L=0": dict(degree=0), "L=4, two layers": dict(degree=4, layers=2, channels=4, groups=4),
+    "atoms within the core": dict(core=(1.3, 1.2, 1.1)),
     "silu": dict(activation="silu"), "silu, fine": dict(activation="silu", grid_degree=131),
 }
 
@@ -499,6 +500,31 @@ def test_fit_does_not_fit_or_reports_another_error():
     same("reported error", error, (splines(r) - waves(r)).square().mean(0).sqrt(), "formula")
     differ("error of the fastest wave", error[-1], 0)
     assert error[0] < error[-1] / 10, "a slow wave should fit better than a fast one"
+
+
+def test_atoms_fall_into_each_other():
+    """Two atoms repel ever more, from where the core begins down to nothing; there it ends with two derivatives; beyond it is zero."""
+    config = facet.Config(species=("H", "O", "Si", "Cu", "U"))
+    core = facet.Core(config).double()
+    for i, j in combinations_with_replacement(range(5), 2):
+        end = float(core.table[2, i] + core.table[2, j])
+
+        def energy(r, i=i, j=j):
+            r = torch.as_tensor(r, dtype=torch.float64)[:, None]  # [n, 1]: n atoms, each sees the last one
+            return core(r, torch.tensor([i] * (len(r) - 1) + [j]), torch.full((len(r), 1), len(r) - 1))[:-1]
+        r = torch.linspace(0.02, 0.98, 200, dtype=torch.float64) * end
+        V = energy(torch.cat([r, r[:1]]))
+        assert (V.diff() < 0).all() and (V > 0).all() and V[0] > 100
+        inside, outside = energy([end - 1e-4, end - 1e-3, 1.0]), energy([end, end + 0.01, 10.0, 1.0])
+        same("beyond the core", outside, np.zeros(3), "exact")
+        assert 0 < inside[0] < 1.1e-3 * inside[1], "does not vanish as the third power of the distance to its end"
+
+
+def check_core():
+    """The crystal has atoms within each other's core."""
+    facet_energy = check_ladder(SMALL, core=(1.3, 1.2, 1.1))
+    differ("energy without the core", evaluate(build(core=(1.3, 1.2, 1.1)), SMALL)["energy"], evaluate(build(core=(0.1, 0.1, 0.1)), SMALL)["energy"])
+    return facet_energy
 
 
 def test_harmonics_differ_from_scipy(L=6):
@@ -1469,6 +1495,9 @@ PLANTED = {  # what is broken: the test or check that must notice, its arguments
     "grid too coarse": (test_product_is_not_exact_or_needs_no_grid, [], {"least_degree = 3\n": "least_degree = 2\n"}),
     "gate from l = 1": (test_product_is_not_exact_or_needs_no_grid, [], {
         "x[:, 0], self.Ws": "x[:, x.shape[1] // 2], self.Ws"}),
+    "core counted twice": (check_core, [], {"units.Bohr / 2 *": "units.Bohr *"}),
+    "core of the wrong neighbour": (check_core, [], {"here[0][:, None] * here[0][src]": "here[0][:, None] ** 2 * (src >= 0)"}),
+    "core with a kink": (test_atoms_fall_into_each_other, [], {".clamp(min=0) ** 3": ".clamp(min=0)"}),
     "reference energy forgotten": (test_isolated_atom_has_a_learned_energy, [], {" + self.E0[batch.species]": ""}),
     "skip connection blind to species": (check_ladder, [SMALL], {"self.a[species]": "self.a[species * 0]"}),
     "groups mixed up": (check_ladder, [SMALL], {"arange(B, device=r.device)[": "arange(B, device=r.device).flip(0)["}),
