@@ -30,6 +30,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -194,7 +195,7 @@ def stream(file, size: int = 2 ** 22) -> Iterator[tuple[list[str], dict]]:
         else:
             keys.append(decode())
             if len(keys) == 2 and next_token() != "{":
-                raise BadInput(f"{keys[0]}, {keys[1]} is no structure: is this the layout of MPtrj, {{material: {{frame: {{…}}}}}}?")
+                raise ValueError(f"{keys[0]}, {keys[1]} is no structure; MPtrj has {{material: {{frame: {{…}}}}}}")
     raise EOFError("the file ends too early")
 
 
@@ -380,7 +381,7 @@ class Frames(Sequence):
 
     def counts(self, numbers: np.ndarray) -> np.ndarray:
         """Atoms of each element, [F, Z]."""
-        out = np.empty((len(self), len(numbers)), np.int32)
+        out = np.empty((len(self), len(numbers)), np.int16)
         for n, (_, table) in enumerate(self.tables):
             here, first = self.rows[:, 0] == n, np.concatenate([[0], table["atoms_end"][:-1]])
             for z, number in enumerate(numbers):
@@ -495,7 +496,7 @@ def sample(frames: Frames, count: int = SAMPLE) -> Frames:
     return frames.take(np.unique(np.linspace(0, len(frames) - 1, min(count, len(frames))).astype(int)))
 
 
-def warnings(frames: Frames) -> list[str]:
+def suspicions(frames: Frames) -> list[str]:
     """What looks wrong with units or labels, in words."""
     some, found = sample(frames), []
     numbers = np.unique(np.concatenate([frame.atoms.numbers for frame in some]))
@@ -534,10 +535,9 @@ def reference_energies(frames: Frames, numbers: np.ndarray, given: dict[int, flo
         share = counts[part] / atoms[part, None]  # [F, Z] every frame counts the same, whatever its size
         squares += share.T @ share
         right += share.T @ (energy[part] / atoms[part] - share @ E0)
-    fitted, _, rank, _ = np.linalg.lstsq(squares[np.ix_(free, free)], right[free], rcond=1e-9)
+    E0[free], _, rank, _ = np.linalg.lstsq(squares[np.ix_(free, free)], right[free], rcond=1e-9) if free.any() else (0, 0, 0, 0)
     if rank < min(free.sum(), (counts.sum(0)[free] > 0).sum()):
         print(f"note: these compositions determine only {rank} of {free.sum()} reference energies; the smallest are taken")
-    E0[free] = fitted
     return E0
 
 
@@ -553,8 +553,9 @@ def core_radii(shortest: dict[tuple[int, int], float], numbers: np.ndarray) -> n
 
 def configure(train: Frames, test: Frames, s: Settings) -> facet.Config:
     """Config with the statistics of the training set; from now on the frames know their neighbours. Raises BadInput."""
-    present = np.flatnonzero(train.counts(np.arange(119)).sum(0))
-    symbols = {"": [chemical_symbols[z] for z in present], "all": MPTRJ}.get(s.species) or s.species.split(",")
+    found = np.unique(np.concatenate([np.flatnonzero(np.bincount(table["numbers"])) for _, table in train.tables]))
+    found = found[train.counts(found).any(0)]  # a table may hold test frames, too
+    symbols = {"": [chemical_symbols[z] for z in found], "all": MPTRJ}.get(s.species) or s.species.split(",")
     try:
         given = {atomic_numbers[pair.split("=")[0]]: float(pair.split("=")[1]) for pair in s.E0.split(",") if pair}
         numbers = np.array(sorted(atomic_numbers[symbol] for symbol in symbols))
@@ -566,7 +567,7 @@ def configure(train: Frames, test: Frames, s: Settings) -> facet.Config:
                           energy_scale=scale, reference_energies=tuple(reference_energies(train, numbers, given).tolist()))
     for frames in (train, test):
         frames.config = config
-        other = frames.counts(np.setdiff1d(np.arange(119), numbers)).sum(1)  # [F] atoms that the model does not know
+        other = frames.atoms() - frames.counts(numbers).sum(1)  # [F] atoms that the model does not know
         if other.any():
             frame = frames[int(other.argmax())]
             unknown = sorted(set(frame.atoms.symbols) - set(species))
@@ -673,10 +674,15 @@ class Samples(torch.utils.data.Dataset):
                              "count": torch.tensor(count).clamp(min=1)}
 
 
+def ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches all processes; the trainer ends its step first, and needs its loaders for that."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def loader(frames: Frames, batches: Iterable[np.ndarray], workers: int, team: Team = Team(), cuda: bool = False):
     """Prepares batches ahead, in `workers` processes; in this one if there are none."""
     return torch.utils.data.DataLoader(Samples(frames, team), batch_size=None, sampler=batches, num_workers=workers,
-                                       prefetch_factor=4 if workers else None, pin_memory=cuda)
+                                       prefetch_factor=4 if workers else None, pin_memory=cuda, worker_init_fn=ignore_interrupts)
 
 
 def losses(model, batch: facet.Batch, target: dict, huber: float) -> torch.Tensor:
@@ -1085,10 +1091,13 @@ def plot_physics(axes, physics: dict, log: list[dict]) -> None:
 def report(model: facet.Facet, before: torch.Tensor, train: Frames, test: Frames, s: Settings, folder: Path) -> dict:
     """Print the test table with its baselines and some physics, draw report.png; returns the numbers."""
     from matplotlib.figure import Figure  # slow to import; Figure without pyplot needs no display and keeps no state
+    everything, test = len(test), sample(test)
     predictions = predict(model, test, 256)
     rows = {"Facet": errors(predictions, test),
             "mean pair potential (one spline)": errors(pair_baseline(train, test, model.config), test),
             "constant per species": errors(constant_baseline(train, test, model.config), test)}
+    if len(test) < everything:
+        print(f"\n{len(test)} of the {everything} test structures, evenly spread, are taken", end="")
     print(f"\n{len(test)} test structures               energy MAE (RMSE) meV/atom    force MAE (RMSE) eV/Å    stress MAE (RMSE) GPa")
     for name, e in rows.items():
         stress = "       –" if e["stress_mae_GPa"] is None else f"{e['stress_mae_GPa']:10.3f} ({e['stress_rmse_GPa']:.3f})"
@@ -1128,7 +1137,9 @@ def team_of(s: Settings):
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield Team()
         return
-    dist.init_process_group("nccl" if s.device.startswith("cuda") else "gloo")
+    if "cuda" in s.device:
+        torch.cuda.set_device(s.device)
+    dist.init_process_group("nccl" if "cuda" in s.device else "gloo", timeout=timedelta(hours=12))  # as long as a conversion may take
     try:
         yield Team(dist.get_rank(), dist.get_world_size())
     finally:
@@ -1182,7 +1193,7 @@ def train_and_report(s: Settings, command: str, out: Path, resume: Path | None, 
         raise BadInput(f"{resume}: the training set is not the one that this run began with; begin a new run")
     s = replace(s, batch_atoms=s.batch_atoms or ten_structures(train))
     if team.rank == 0:
-        for text in warnings(train):
+        for text in suspicions(train):
             print(f"warning: {text}", file=sys.stderr, flush=True)
     torch.manual_seed(s.seed)
     config = configure(train, test, s)
