@@ -31,7 +31,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
-from itertools import islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,6 +68,7 @@ class Settings:
     name: str = setting("", "results go to runs/NAME; by default the name of the training file, and never over old results")
     minutes: float = setting(0.0, "training time; 0: 9.5, or 1.75 for the embedded set")
     steps: int = setting(0, "number of steps, instead of minutes")
+    epochs: float = setting(100.0, "with --minutes: at most so many times through the data, so that a small set is not learned by heart")
     seed: int = setting(0, "of the weights, the order of the data and the split")
     device: str = setting("", "cpu, cuda, cuda:1, …; by default cuda if there is one")
     threads: int = setting(0, "CPU threads; 0: as PyTorch chooses")
@@ -635,13 +636,11 @@ def plan(atoms: np.ndarray, crowd: np.ndarray, budget: float, rng: np.random.Gen
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def epochs(frames: Frames, budget: float, seed: int) -> Iterator[np.ndarray]:
-    """Batches without end. They follow from the seed alone: step n of a run, resumed or not, on any number of processes, sees batch n."""
+def epochs(frames: Frames, budget: float, seed: int) -> Iterator[list[np.ndarray]]:
+    """Plans without end. They follow from the seed alone: step n of a run, resumed or not, on any number of processes, sees batch n."""
     atoms, crowd = sizes(frames)
-    epoch = 0
-    while True:
-        yield from plan(atoms, crowd, budget, np.random.default_rng([seed, epoch]))
-        epoch += 1
+    for epoch in count():
+        yield plan(atoms, crowd, budget, np.random.default_rng([seed, epoch]))
 
 
 class Samples(torch.utils.data.Dataset):
@@ -667,11 +666,11 @@ class Samples(torch.utils.data.Dataset):
         virial = stress * np.array([g.volume for g in graphs])[:, None, None]
         labelled = np.isfinite(virial).sum() if everyone is None else 9 * np.sum(
             np.isfinite(everyone.column("stress")).all((1, 2)) & (np.abs(np.linalg.det(everyone.column("cell"))) > 0))
-        count = [len(rows), 3 * sum(atoms if everyone is None else everyone.atoms()), labelled]
+        number = [len(rows), 3 * sum(atoms if everyone is None else everyone.atoms()), labelled]
         return rows, batch, {"energy": torch.tensor([f.energy for f in frame], dtype=torch.float64),
                              "forces": torch.from_numpy(np.concatenate([f.forces for f in frame])), "virial": torch.from_numpy(virial).float(),
                              "atoms": torch.tensor(atoms), "weight": float(len(mine) > 0), "edges": sum(len(g.dst) for g in graphs),
-                             "count": torch.tensor(count).clamp(min=1)}
+                             "count": torch.tensor(number).clamp(min=1)}
 
 
 def ignore_interrupts(worker: int) -> None:
@@ -836,11 +835,16 @@ def train_model(model: facet.Facet, train: Frames, test: Frames, s: Settings, fo
         step, before = resumed["step"], resumed["seconds"]
     engine = torch.nn.parallel.DistributedDataParallel(model) if team.size > 1 else model
     log = Log(folder, test, resumed["log"] if resumed else 0) if team.rank == 0 else None
-    progress = min(1.0, step / s.steps if s.steps else before / (60 * s.minutes))
-    begun, shown = progress, int(20 * progress)
     budget = s.batch_atoms * np.mean(sizes(train)[1])
+    epoch = len(next(epochs(train, budget, s.seed)))  # steps
+
+    def done(seconds: float) -> float:
+        """How much of the run is over, 0 … 1."""
+        return min(1.0, step / s.steps if s.steps else max(seconds / (60 * s.minutes), step / (s.epochs * epoch)))
+    progress = done(before)
+    begun, shown = progress, int(20 * progress)
     workers = s.workers if s.workers >= 0 else 0 if train.graphs is not None else max(1, (os.cpu_count() or 2) // team.size - 1)
-    stream = iter(loader(train, islice(epochs(train, budget, s.seed), step, None), workers, team, device.type == "cuda"))
+    stream = iter(loader(train, islice(chain.from_iterable(epochs(train, budget, s.seed)), step, None), workers, team, device.type == "cuda"))
     start = time.perf_counter()
 
     def elapsed() -> float:
@@ -885,7 +889,7 @@ def train_model(model: facet.Facet, train: Frames, test: Frames, s: Settings, fo
             weights.step(schedule, step := step + 1)
             seen += len(rows)
             filled += [target["edges"], batch.src.numel()]
-            progress = min(1.0, step / s.steps if s.steps else seconds / (60 * s.minutes))
+            progress = done(seconds)
             if int(20 * progress) > shown or seconds - saved > 60 * s.save_minutes or stop:
                 moment = time.perf_counter()
                 if int(20 * progress) > shown and team.rank == 0:
@@ -1205,7 +1209,7 @@ def train_and_report(s: Settings, command: str, out: Path, resume: Path | None, 
              f"force RMS {config.energy_scale:.2f} eV/Å\n"
              f"Facet with {parameters} parameters, on {s.device}, " + (f"{team.size} processes, " if team.size > 1 else "")
              + f"{torch.get_num_threads()} threads, batches of {s.batch_atoms} atoms, "
-             + (f"{s.steps} steps" if s.steps else f"{s.minutes:g} minutes") + f" → {folder}/" + (f" from step {resumed['step']}" if resumed else ""))
+             + (f"{s.steps} steps" if s.steps else f"{s.minutes:g} minutes, at most {s.epochs:g} epochs") + f" → {folder}/" + (f" from step {resumed['step']}" if resumed else ""))
     try:
         model, trained = train_model(model, train, test, s, folder, team, resumed)
     except KeyboardInterrupt:
@@ -1232,7 +1236,7 @@ def train_and_report(s: Settings, command: str, out: Path, resume: Path | None, 
     return result
 
 
-LATER = ("minutes", "steps", "device", "threads", "workers", "save_minutes")  # what may change when a run goes on
+LATER = ("minutes", "steps", "epochs", "device", "threads", "workers", "save_minutes")  # what may change when a run goes on
 
 
 def parse(arguments: list[str]) -> tuple[Settings, Path | None]:
@@ -1255,7 +1259,7 @@ def parse(arguments: list[str]) -> tuple[Settings, Path | None]:
     s = Settings(**given)
     if s.test and not s.train:
         parser.error("--test without --train: say what to train on")
-    for name in ("minutes", "steps", "lr", "batch_atoms", "cutoff", "stress_weight", "energy_start", "energy_end", "huber", "overfit", "save_minutes"):
+    for name in ("minutes", "steps", "epochs", "lr", "batch_atoms", "cutoff", "stress_weight", "energy_start", "energy_end", "huber", "overfit", "save_minutes"):
         if getattr(s, name) < 0 or (getattr(Settings, name) > 0 and name != "stress_weight" and getattr(s, name) == 0):
             parser.error(f"--{name} {getattr(s, name)}: must be positive")
     try:
