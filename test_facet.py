@@ -1379,7 +1379,7 @@ def test_nan_is_trained_on(tmp_path, monkeypatch):
     def losses(model, batch, target, huber):
         return right(model, batch, target, huber) * (float("nan") if (target["energy"] == bad).any() else 1)
     monkeypatch.setattr(train_small, "losses", losses)
-    with pytest.raises(train_small.BadInput, match="the loss became nan at step .*because of .*data.extxyz, frame 3;") as error:
+    with pytest.raises(train_small.BadInput, match="the loss became nan or infinite at step .*because of .*data.extxyz, frame 3;") as error:
         train_small.main(train_small.Settings(train=(path,), test=(path,), steps=9, **SHORT), out=tmp_path / "runs")
     assert "frame 2" not in str(error.value) and "frame 4" not in str(error.value)
     monkeypatch.setattr(train_small, "losses", lambda *a: right(*a) * float("inf"))

@@ -114,6 +114,9 @@ class Team(NamedTuple):
             print(*words, flush=True)
 
 
+ALONE = Team()
+
+
 # ─── Data: files to records ────────────────────────────────────────────────────────────────────────────────────────────
 
 class Record(NamedTuple):
@@ -646,7 +649,7 @@ def epochs(frames: Frames, budget: float, seed: int) -> Iterator[list[np.ndarray
 class Samples(torch.utils.data.Dataset):
     """Batches ready for the model, with their labels; neighbour lists are made here, by loader processes if there are any."""
 
-    def __init__(self, frames: Frames, team: Team = Team()):
+    def __init__(self, frames: Frames, team: Team = ALONE):
         self.frames, self.team = frames, team
 
     def __getitem__(self, rows: np.ndarray):
@@ -678,7 +681,7 @@ def ignore_interrupts(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def loader(frames: Frames, batches: Iterable[np.ndarray], workers: int, team: Team = Team(), cuda: bool = False):
+def loader(frames: Frames, batches: Iterable[np.ndarray], workers: int, team: Team = ALONE, cuda: bool = False):
     """Prepares batches ahead, in `workers` processes; in this one if there are none."""
     return torch.utils.data.DataLoader(Samples(frames, team), batch_size=None, sampler=batches, num_workers=workers,
                                        prefetch_factor=4 if workers else None, pin_memory=cuda, worker_init_fn=ignore_interrupts)
@@ -813,98 +816,127 @@ def culprits(model: facet.Facet, frames: Frames, rows: np.ndarray, s: Settings) 
     found = []
     for i in rows:
         _, batch, target = Samples(frames)[np.array([i])]
-        model.zero_grad()
         total = losses(model, batch, target, s.huber).sum()
-        total.backward()
-        if not all(torch.isfinite(x).all() for x in (total, *(p.grad for p in model.parameters()))):
+        gradient = torch.autograd.grad(total, list(model.parameters()), allow_unused=True)  # without waking DDP's hooks
+        if not all(torch.isfinite(x).all() for x in (total, *gradient) if x is not None):
             found.append(frames[int(i)].name)
     return found
 
 
-def train_model(model: facet.Facet, train: Frames, test: Frames, s: Settings, folder: Path, team: Team = Team(),
-                resumed: dict | None = None) -> tuple[facet.Facet, dict]:
-    """Trains; returns the model with averaged weights, and what the time went into. Writes model.pt, checkpoint.pt and metrics.csv.
+class Run:
+    """A training under way.
 
-    A checkpoint holds weights, averaged weights, optimisers, step and time. The data's order follows from seed and step, the
-    schedule from step (or time), and nothing else is random: that is all it takes to go on as if nothing had happened.
+    What `save` writes is all it takes to go on as if nothing had happened: weights, averaged weights, optimisers, step and time. The
+    order of the data follows from seed and step, the schedule from step (or time), and nothing else is random.
     """
-    device, weights = next(model.parameters()).device, Weights(model, s)
-    step, before, seen, filled, waited, testing, saved = 0, 0.0, 0, np.zeros(2), 0.0, 0.0, 0.0
-    if resumed:
-        weights.restore(resumed)
-        step, before = resumed["step"], resumed["seconds"]
-    engine = torch.nn.parallel.DistributedDataParallel(model) if team.size > 1 else model
-    log = Log(folder, test, resumed["log"] if resumed else 0) if team.rank == 0 else None
-    budget = s.batch_atoms * np.mean(sizes(train)[1])
-    epoch = len(next(epochs(train, budget, s.seed)))  # steps
 
-    def done(seconds: float) -> float:
-        """How much of the run is over, 0 … 1."""
-        return min(1.0, step / s.steps if s.steps else max(seconds / (60 * s.minutes), step / (s.epochs * epoch)))
-    progress = done(before)
-    begun, shown = progress, int(20 * progress)
-    workers = s.workers if s.workers >= 0 else 0 if train.graphs is not None else max(1, (os.cpu_count() or 2) // team.size - 1)
-    stream = iter(loader(train, islice(chain.from_iterable(epochs(train, budget, s.seed)), step, None), workers, team, device.type == "cuda"))
-    start = time.perf_counter()
+    def __init__(self, model: facet.Facet, train: Frames, test: Frames, s: Settings, folder: Path, team: Team, resumed: dict | None):
+        self.model, self.train, self.s, self.folder, self.team = model, train, s, folder, team
+        self.weights, self.step, self.before = Weights(model, s), 0, 0.0  # s of training in earlier lives
+        if resumed:
+            self.weights.restore(resumed)
+            self.step, self.before = resumed["step"], resumed["seconds"]
+        self.engine = torch.nn.parallel.DistributedDataParallel(model) if team.size > 1 else model
+        self.log = Log(folder, test, resumed["log"] if resumed else 0) if team.rank == 0 else None
+        budget = s.batch_atoms * np.mean(sizes(train)[1])  # padded neighbours per step
+        self.epoch = len(next(epochs(train, budget, s.seed)))  # steps
+        workers = s.workers if s.workers >= 0 else 0 if train.graphs is not None else max(1, (os.cpu_count() or 2) // team.size - 1)
+        batches = islice(chain.from_iterable(epochs(train, budget, s.seed)), self.step, None)
+        self.stream = iter(loader(train, batches, workers, team, model.readout.is_cuda))
+        self.seen, self.filled, self.waited, self.testing = 0, np.zeros(2), 0.0, 0.0
+        self.start = time.perf_counter()
+        self.progress = self.begun = self.done(self.before)
+        self.saved, self.shown = self.before, int(20 * self.progress)
 
-    def elapsed() -> float:
-        return before + time.perf_counter() - start
+    def elapsed(self) -> float:
+        return self.before + time.perf_counter() - self.start
 
-    def save() -> None:
-        """What is on the disk when this returns is enough to go on from here."""
-        nonlocal saved
-        saved = elapsed()
-        if team.rank == 0:
-            facet.save(weights.averaged, folder / "model.pt")
-            facet.save(model, folder / "checkpoint.pt", **weights.state(), step=step, seconds=elapsed(), settings=asdict(s),
-                       log=os.path.getsize(log.path), data=fingerprint(train))
+    def done(self, seconds: float) -> float:
+        """How much of the training is over, 0 … 1."""
+        s = self.s
+        return min(1.0, self.step / s.steps if s.steps else max(seconds / (60 * s.minutes), self.step / (s.epochs * self.epoch)))
+
+    def save(self) -> None:
+        """model.pt and checkpoint.pt."""
+        self.saved = self.elapsed()
+        if self.team.rank == 0:
+            facet.save(self.weights.averaged, self.folder / "model.pt")
+            facet.save(self.model, self.folder / "checkpoint.pt", **self.weights.state(), step=self.step, seconds=self.saved,
+                       settings=asdict(self.s), log=os.path.getsize(self.log.path), data=fingerprint(self.train))
+
+    def shared(self, values: torch.Tensor) -> list[float]:
+        """Sum over the processes."""
+        if self.team.size > 1:
+            dist.all_reduce(values)
+        return values.tolist()
+
+    def advance(self, stop: bool) -> bool:
+        """One step of training; True if a process was told to stop. Raises BadInput when the loss is not finite."""
+        moment, s, progress = time.perf_counter(), self.s, self.progress
+        rows, batch, target = next(self.stream)
+        if isinstance(batch, str):
+            raise BadInput(batch)
+        self.waited += time.perf_counter() - moment
+        parts = losses(self.engine, batch, target, s.huber)  # [3]
+        factors = parts.new_tensor([s.energy_start * (s.energy_end / s.energy_start) ** progress, 1, s.stress_weight])  # [3]
+        self.model.zero_grad()
+        (self.team.size * (factors * parts).sum()).backward()  # DDP takes the mean over processes: so this is their sum
+        gradient = torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.clip)
+        mine = torch.tensor([self.elapsed() * (self.team.rank == 0), stop], dtype=torch.float64, device=parts.device)
+        *parts, length, seconds, stop = self.shared(torch.cat([parts.detach(), gradient.detach()[None] / self.team.size, mine]))
+        if not np.isfinite([*parts, length]).all():
+            self.give_up(rows)
+        schedule = min(1, (self.step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * progress))  # warm-up, then a cosine
+        self.step += 1
+        self.weights.step(schedule, self.step)
+        self.seen, self.filled = self.seen + len(rows), self.filled + [target["edges"], batch.src.numel()]
+        self.progress = self.done(seconds)
+        self.last = [sum(f * p for f, p in zip(factors.tolist(), parts)), *parts], s.lr * schedule, length
+        return bool(stop)
+
+    def give_up(self, rows: np.ndarray) -> None:
+        """Raise BadInput with the names of the frames that are to blame."""
+        names = culprits(self.model, self.train, rows[self.team.rank::self.team.size], self.s)
+        if self.team.size > 1:
+            everyone = [None] * self.team.size
+            dist.all_gather_object(everyone, names)
+            names = sum(everyone, [])
+        cause = f"because of {', '.join(names)}; look at it" if names else "on frames that are sound one by one; lower --lr"
+        raise BadInput(f"the loss became nan or infinite at step {self.step}, {cause}. {self.folder}/model.pt holds the weights before")
+
+    def write(self, stop: bool) -> None:
+        """A line of the log at every twentieth of the run; a checkpoint then, and every save_minutes, and before a stop."""
+        seconds, twentieth = self.elapsed(), int(20 * self.progress)
+        if twentieth == self.shown and seconds - self.saved < 60 * self.s.save_minutes and not stop:
+            return
+        if twentieth > self.shown and self.log:
+            left = (seconds - self.before) * (1 - self.progress) / max(self.progress - self.begun, 1e-9)
+            self.log.line(self.weights.averaged, self.step, seconds, left, *self.last, self.seen / (seconds - self.before - self.testing))
+        self.shown = twentieth
+        self.save()
+        self.testing += self.elapsed() - seconds
+
+    def summary(self) -> dict:
+        """What the time went into."""
+        spent = self.elapsed() - self.before
+        return {"train_seconds": self.elapsed(), "steps": self.step, "padding": 1 - self.filled[0] / max(1, self.filled[1]),
+                "time": {"model and optimisers": 1 - (self.waited + self.testing) / spent, "waiting for data": self.waited / spent,
+                         "tests and checkpoints": self.testing / spent}}
+
+
+def train_model(model: facet.Facet, train: Frames, test: Frames, s: Settings, folder: Path, team: Team = ALONE,
+                resumed: dict | None = None) -> tuple[facet.Facet, dict]:
+    """Trains; returns the model with averaged weights, and what the time went into. Writes model.pt, checkpoint.pt and metrics.csv."""
+    run = Run(model, train, test, s, folder, team, resumed)
     with interruptible() as interrupted:
         if not resumed:
-            save()
-        while progress < 1:
-            moment = time.perf_counter()
-            rows, batch, target = next(stream)
-            if isinstance(batch, str):
-                raise BadInput(batch)
-            waited += time.perf_counter() - moment
-            parts = losses(engine, batch, target, s.huber)  # [3]
-            factors = torch.tensor([s.energy_start * (s.energy_end / s.energy_start) ** progress, 1, s.stress_weight], device=device)
-            model.zero_grad()
-            (team.size * (factors * parts).sum()).backward()  # DDP takes the mean over processes: so this is their sum
-            gradient = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
-            shared = torch.stack([*parts.detach().double(), gradient.detach().double() / team.size,
-                                  *torch.tensor([elapsed() * (team.rank == 0), float(bool(interrupted))], dtype=torch.float64, device=device)])
-            if team.size > 1:
-                dist.all_reduce(shared)
-            *parts, length, seconds, stop = shared.tolist()
-            if not np.isfinite([*parts, length]).all():
-                names = culprits(model, train, rows[team.rank::team.size], s)
-                if team.size > 1:
-                    everyone = [None] * team.size
-                    dist.all_gather_object(everyone, names)
-                    names = sum(everyone, [])
-                cause = f"because of {', '.join(names)}; look at it" if names else "on frames that are sound one by one; lower --lr"
-                raise BadInput(f"the loss became {sum(parts)} at step {step}, {cause}. {folder}/model.pt holds the weights before")
-            schedule = min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * progress))  # warm-up, then a cosine
-            weights.step(schedule, step := step + 1)
-            seen += len(rows)
-            filled += [target["edges"], batch.src.numel()]
-            progress = done(seconds)
-            if int(20 * progress) > shown or seconds - saved > 60 * s.save_minutes or stop:
-                moment = time.perf_counter()
-                if int(20 * progress) > shown and team.rank == 0:
-                    total = sum(f * p for f, p in zip(factors.tolist(), parts))
-                    left = (seconds - before) * (1 - progress) / max(progress - begun, 1e-9)
-                    log.line(weights.averaged, step, seconds, left, [total, *parts], s.lr * schedule, length, seen / (seconds - before - testing))
-                shown = int(20 * progress)
-                save()
-                testing += time.perf_counter() - moment
-            if stop and progress < 1:
+            run.save()
+        while run.progress < 1:
+            stop = run.advance(bool(interrupted))
+            run.write(stop)
+            if stop and run.progress < 1:
                 raise KeyboardInterrupt
-    spent = elapsed() - before
-    return weights.averaged, {"train_seconds": elapsed(), "steps": step, "padding": 1 - filled[0] / max(1, filled[1]),
-                              "time": {"model and optimisers": 1 - (waited + testing) / spent, "waiting for data": waited / spent,
-                                       "tests and checkpoints": testing / spent}}
+    return run.weights.averaged, run.summary()
 
 
 def fingerprint(frames: Frames) -> int:
@@ -1201,6 +1233,8 @@ def train_and_report(s: Settings, command: str, out: Path, resume: Path | None, 
             print(f"warning: {text}", file=sys.stderr, flush=True)
     torch.manual_seed(s.seed)
     config = configure(train, test, s)
+    if resumed:
+        train.config = test.config = config = facet.Config(**resumed["config"])  # the same, but for rounding
     model = facet.Facet(config).to(s.device)
     before, parameters = model.splines.coefficients.detach().clone(), sum(p.numel() for p in model.parameters())
     folder = resume or (new_folder(out, s.name) if team.rank == 0 else out)
