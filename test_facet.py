@@ -8,6 +8,7 @@ Each test is named after the mistake it would catch. Every comparison goes throu
 `differ`; every tolerance stands in TOL with its reason. The planted bugs at the end change a line of facet.py and
 require that a named test, or a check that tests share, then fails: so the tests can fail, and each such line matters.
 """
+import ast
 import copy
 import csv
 import errno
@@ -38,6 +39,7 @@ from ase.calculators.emt import EMT
 from ase.calculators.lj import LennardJones
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
+from ase.data import chemical_symbols
 from ase.filters import FrechetCellFilter
 from ase.md.verlet import VelocityVerlet
 from ase.neighborlist import neighbor_list
@@ -1418,6 +1420,120 @@ def test_wrong_command_runs(arguments, message, tmp_path):
     done = subprocess.run([sys.executable, HERE / "train_small.py", *arguments], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode and message in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.glob("runs/*"))
+
+
+# ─── Shape comments ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+def commented(source: str) -> dict[tuple[str, int], tuple[list[str], list[str], bool]]:
+    """(function, line) → what is assigned there (nothing: returned), the shapes that its comment claims, and whether each element
+    of a list has the one shape."""
+    found, lines = {}, source.splitlines()
+    for function in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)):
+        for node in ast.walk(function):
+            claim = re.search(r"  # ((?:\d × )?\[[^\]]*\](?:, \[[^\]]*\])*)(?! →)(.*)", lines[node.lineno - 1]) if isinstance(node, ast.stmt) else None
+            if not claim or node.lineno != node.end_lineno or not isinstance(node, (ast.Assign, ast.AugAssign, ast.Return, ast.Expr)):
+                continue
+            if isinstance(node, ast.Expr):  # self.register_buffer("name", …)
+                if not (isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "self.register_buffer"):
+                    continue
+                targets = [f"self.{node.value.args[0].value}"]
+            elif isinstance(node, ast.Return):
+                targets = []
+            else:
+                target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+                targets = [ast.unparse(t) for t in (target.elts if isinstance(target, ast.Tuple) else [target])]
+            shapes = re.findall(r"\[([^\]]*)\]", claim[1])
+            found[function.name, node.lineno] = targets, shapes * int(claim[1][0]) if claim[1][0].isdigit() else shapes, "for each" in claim[2]
+    return found
+
+
+def fits(shape: tuple, claim: str, known: dict[str, int]) -> bool:
+    """Does a shape fit the claim? A letter that is not known yet is from now on; dimensions of several words are their product."""
+    dims = [d.strip() for d in claim.split(",")]
+    if dims[0] == "...":
+        dims, shape = dims[1:], shape[len(shape) - len(dims) + 1:]
+    if len(dims) != len(shape):
+        return False
+    for dim, size in zip(dims, shape):
+        if dim.startswith("≤ "):
+            bound = known.get(dim[2:])
+            if bound is not None and size > bound:
+                return False
+            continue
+        words = re.sub(r"²", "**2", dim.replace("·", "*")).split(" ")
+        names = {name for word in words for name in re.findall(r"[A-Za-z_]\w*", word)}
+        if len(words) == 1 and dim not in known and re.fullmatch(r"\w+", dim) and not dim.isdigit():
+            known[dim] = size
+        elif names <= set(known) and np.prod([eval(word, {}, known) for word in words]) != size:
+            return False
+    return True
+
+
+def check_shapes(source: str) -> int:
+    """Run facet.py with sizes that differ from one another and compare what its comments say, line by line; the number of lines seen."""
+    code, claims, wrong, seen = ModuleType("facet"), commented(source), [], set()
+    sizes = dict(C=14, B=7, R=13, Z=17, T=4)
+
+    def trace(frame, event, value, known, last):
+        """Called before every line, and when a function returns: looks at the line before."""
+        claim = claims.get((frame.f_code.co_name, last[0]))
+        if claim and (event == "return") == (not claim[0]) and not (event == "return" and value is None):
+            targets, shapes, each = claim
+            known.update({k: v for k, v in frame.f_locals.items() if type(v) is int and re.fullmatch(r"[A-Z]\d?|fan_\w+|count|l_\w+|l\d", k)})
+            values = [eval(t, frame.f_globals, frame.f_locals) for t in targets] if targets else [value] if len(shapes) == 1 or each else list(value)
+            if each:
+                values = [list(v) for v in values][0]
+                shapes = shapes * len(values)
+            elif len(shapes) == 2 and len(values) == 1:
+                values, shapes = values, shapes[:1]
+            for v, shape in zip(values, shapes):
+                local = dict(known) if each else known
+                if hasattr(v, "shape") and not fits(tuple(v.shape), shape, local):
+                    wrong.append(f"line {last[0]}: # [{shape}], but {tuple(v.shape)} with {known}")
+            seen.add(last[0])
+        last[0] = frame.f_lineno
+
+    def tracer(frame, event, argument):
+        if frame.f_code.co_filename != "facet.py with other shapes" or frame.f_code.co_name.startswith("<"):
+            return None
+        known, last = dict(sizes), [frame.f_lineno]
+        if "batch" in frame.f_locals and hasattr(frame.f_locals["batch"], "src"):
+            batch = frame.f_locals["batch"]
+            known.update(N=batch.src.shape[0], K=batch.src.shape[1], S=len(batch.volume))
+
+        def local(frame, event, value):
+            if event in ("line", "return"):
+                trace(frame, event, value, known, last)
+            return local
+        return local
+    before = sys.gettrace()
+    sys.settrace(tracer)
+    try:
+        exec(compile(source, "facet.py with other shapes", "exec"), code.__dict__)
+        for activation in ("product", "silu"):
+            config = code.Config(tuple(chemical_symbols[1:18]), 3.5, 2, 14, 4, 7, 13, activation=activation)
+            model = code.Facet(config)
+            crystals = [TRICLINIC.copy(), ase.build.bulk("Si", cubic=True), ase.build.bulk("Al") * (1, 1, 3)]
+            for atoms in crystals:
+                atoms.symbols = ["Si"] * len(atoms)
+            code.evaluate(model, [code.find_neighbours(atoms, config) for atoms in crystals])
+            model(code.make_batch([code.find_neighbours(atoms, config) for atoms in crystals], 3.5), training=True)["forces"].square().sum().backward()
+        code.relax(model, crystals[1:2], steps=2)
+    finally:
+        sys.settrace(before)
+    assert not wrong, f"{len(wrong)} wrong shape comments: " + "; ".join(dict.fromkeys(wrong))
+    assert len(seen) >= 0.85 * len([c for (name, _), c in claims.items() if name not in ("self_check", "rotation_of_rows", "gaunt")]), "lines never run"
+    return len(seen)
+
+
+def test_shape_comments_are_wrong():
+    source = Path(facet.__file__).read_text(encoding="utf-8")
+    print(check_shapes(source), "shape comments hold")
+    for right, lie in (("  # [N, m2 m1, C]", "  # [N, C, m2 m1]"), ("  # [P, M]", "  # [M, P]"), ("  # [S, 3, 3]\n        stress", "  # [N, 3, 3]\n        stress"),
+                       ("  # [N, K, 3] padding", "  # [K, N, 3] padding"), ("  # [N B, K]", "  # [N, K]"), ("  # [N+Z]\n", "  # [N]\n"), ("# [A, X]", "# [X, A]")):
+        assert right in source
+        with pytest.raises(AssertionError, match="wrong shape comments"):
+            check_shapes(source.replace(right, lie))
 
 
 # ─── README ────────────────────────────────────────────────────────────────────────────────────────────────────────────
