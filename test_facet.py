@@ -999,7 +999,8 @@ def test_batches_lose_or_double_a_frame():
         batches = train_small.plan(atoms, crowd, 5000.0, np.random.default_rng([0, epoch]))
         assert sorted(np.concatenate(batches)) == list(range(500))
         cost = [atoms[b].sum() * crowd[b].max() for b in batches]
-        assert all(c <= 5000 or len(b) == 1 for c, b in zip(cost, batches)) and max(map(len, batches)) > 10
+        assert all(c <= 6250 or len(b) == 1 for c, b in zip(cost, batches)) and max(map(len, batches)) > 10
+        assert 4500 < np.median(cost) < 6250
         used = sum((atoms[b] * crowd[b]).sum() for b in batches)
         assert used > 0.9 * sum(cost), "padding"
         shuffled = np.array_split(rng.permutation(500), len(batches))  # control: without sorting there is padding

@@ -68,7 +68,7 @@ class Settings:
     name: str = setting("", "results go to runs/NAME; by default the name of the training file, and never over old results")
     minutes: float = setting(0.0, "training time; 0: 9.5, or 1.75 for the embedded set")
     steps: int = setting(0, "number of steps, instead of minutes")
-    epochs: float = setting(80.0, "with --minutes: at most so many times through the data, so that a small set is not learned by heart")
+    epochs: float = setting(60.0, "with --minutes: at most so many times through the data, so that a small set is not learned by heart")
     seed: int = setting(0, "of the weights, the order of the data and the split")
     device: str = setting("", "cpu, cuda, cuda:1, …; by default cuda if there is one")
     threads: int = setting(0, "CPU threads; 0: as PyTorch chooses")
@@ -93,7 +93,7 @@ class Settings:
     clip: float = setting(1.0, "longest gradient allowed")
     ema: float = setting(0.99, "averaging of the weights; the averaged ones are tested and saved")
     energy_start: float = setting(0.05, "weight of the energy loss at first …")
-    energy_end: float = setting(0.3, "… and in the end; forces have weight 1")
+    energy_end: float = setting(0.5, "… and in the end; forces have weight 1")
     stress_weight: float = setting(0.1, "weight of the stress loss; 0: stress labels are not used")
     huber: float = setting(0.1, "errors beyond this fraction of the force RMS count linearly")
     save_minutes: float = setting(5.0, "a checkpoint at least this often, and with every line of the log")
@@ -620,8 +620,8 @@ def ten_structures(frames: Frames) -> int:
 def plan(atoms: np.ndarray, crowd: np.ndarray, budget: float, rng: np.random.Generator) -> list[np.ndarray]:
     """One epoch: every frame in one batch, batches of frames with equally crowded atoms, in random order.
 
-    A batch costs time and memory for atoms × neighbours of the most crowded atom; as many frames are taken as the budget
-    allows, at least one. Frames are drawn at random in portions of some fifty batches and sorted within a portion only:
+    A batch costs time and memory for atoms × neighbours of the most crowded atom; as many frames are taken as fit,
+    at least one; a quarter more than the budget may be, lest two frames of about half of it be parted. Frames are drawn at random in portions of some fifty batches and sorted within a portion only:
     what a batch holds remains random, yet little of it is padding.
     """
     order, mean, batches = rng.permutation(len(atoms)), (atoms * crowd).mean(), []
@@ -630,7 +630,7 @@ def plan(atoms: np.ndarray, crowd: np.ndarray, budget: float, rng: np.random.Gen
         part = order[start:start + portion]
         batch, size = [], 0
         for i in part[np.argsort(crowd[part], kind="stable")]:
-            if batch and (size + atoms[i]) * max(crowd[i], 1) > budget:
+            if batch and (size + atoms[i]) * max(crowd[i], 1) > 1.25 * budget:
                 batches.append(np.array(batch))
                 batch, size = [], 0
             batch.append(i)
