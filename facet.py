@@ -139,16 +139,16 @@ def neighbour_list(positions: np.ndarray, cell: np.ndarray, pbc, cutoff: float):
     reach = cutoff * np.linalg.norm(inverse, axis=0)  # [3] the cutoff over the distances between lattice planes
     fractional = positions @ inverse  # [N, 3]
     fold = np.where(pbc, -np.floor(fractional), 0)  # [N, 3] moves an atom into the cell
-    ghost, shift = np.arange(len(positions)), fold  # [G], [G, 3]
+    ghost, shift = np.arange(len(positions)), fold  # [ghosts], [ghosts, 3]
     for axis in np.flatnonzero(pbc):
         n = int(np.ceil(reach[axis]))
         image = np.arange(-n, n + 1)
-        place = fractional[ghost, axis, None] + shift[:, axis, None] + image  # [G, images]
+        place = fractional[ghost, axis, None] + shift[:, axis, None] + image  # [ghosts, images]
         row, column = np.nonzero((place >= -reach[axis]) & (place < 1 + reach[axis]))
         ghost, shift = ghost[row], shift[row]
         shift[:, axis] += image[column]
     home = positions + fold @ cell  # [N, 3]
-    places = positions[ghost] + shift @ cell  # [G, 3]
+    places = positions[ghost] + shift @ cell  # [ghosts, 3]
     pairs = cKDTree(home).sparse_distance_matrix(cKDTree(places), cutoff, output_type="ndarray")
     pairs = pairs[np.argsort(pairs["i"], kind="stable")]
     itself = (ghost[pairs["j"]] == pairs["i"]) & (shift[pairs["j"]] == fold[pairs["i"]]).all(1)  # its images stay

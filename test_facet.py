@@ -1465,7 +1465,7 @@ def fits(shape: tuple, claim: str, known: dict[str, int]) -> bool:
             continue
         words = re.sub(r"²", "**2", dim.replace("·", "*")).split(" ")
         names = {name for word in words for name in re.findall(r"[A-Za-z_]\w*", word)}
-        if names & {"m1", "m2", "m3", "G", "images"}:  # those of a loop, and ghosts, which become more from axis to axis
+        if names & {"m1", "m2", "m3", "ghosts", "images"}:  # those of a loop, and ghosts, which become more from axis to axis
             continue
         if len(words) == 1 and dim not in known and re.fullmatch(r"\w+", dim) and not dim.isdigit():
             known[dim] = size
@@ -1539,6 +1539,9 @@ def check_shapes(source: str) -> int:
 
 def test_shape_comments_are_wrong():
     source = Path(facet.__file__).read_text(encoding="utf-8")
+    glossary = set(re.findall(r"(?:^ {4}|  )([A-Z])  \S", facet.__doc__.partition("Glossary")[2].partition("Conventions")[0], re.M))
+    letters = {letter for _, shapes, *_ in commented(source).values() for shape in shapes for letter in re.findall(r"\b[A-Z]\b", shape)}
+    assert letters <= glossary and len(letters) > 10, f"not in the glossary: {letters - glossary}"
     print(check_shapes(source), "shape comments hold")
     for right, lie in (("  # [N, m2 m1, C]", "  # [N, C, m2 m1]"), ("  # [N B, m2, m1 c]", "  # [N, m2, m1 c]"), ("  # [S, 3, 3]\n        stress", "  # [N, 3, 3]\n        stress"),
                        ("  # [N, K, 3] padding", "  # [K, N, 3] padding"), ("  # [N B, K]", "  # [N, K]"), ("  # [N+Z]\n", "  # [N]\n"), ("# [A, X]", "# [X, A]")):
@@ -1556,6 +1559,19 @@ def test_readme_code_does_not_run(trained):
         done = subprocess.run([sys.executable, "-c", block], cwd=trained, capture_output=True, text=True,
                               env={**os.environ, "PYTHONPATH": str(HERE)})
         assert done.returncode == 0, done.stderr
+
+
+def test_readme_links_lead_nowhere():
+    for page in (HERE / "README.md", HERE / "benchmarks" / "README.md", *(HERE / "benchmarks").glob("*/README.md")):
+        text = page.read_text(encoding="utf-8")
+        links = re.findall(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", text)
+        for image, words, target in links:
+            file, _, line = target.partition("#L")
+            assert "://" in file or (page.parent / file).exists(), f"{page}: {target}"
+            assert not image or len(words) > 20, f"{page}: {target} needs an alternative text"
+            if line:
+                heading = (page.parent / file).read_text(encoding="utf-8").splitlines()[int(line) - 1]
+                assert heading.startswith(f"# ─── {words} "), f"{page}: {target} is not {words}, but {heading}"
 
 
 def test_readme_names_a_function_that_does_not_exist():

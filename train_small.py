@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import errno
 import glob
 import gzip
 import json
@@ -424,6 +425,8 @@ def read(patterns: Sequence[str], s: Settings = Settings(), out: Path = Path("ru
             except (BadInput, KeyboardInterrupt):
                 raise
             except Exception as error:
+                if getattr(error, "errno", None) in (errno.ENOSPC, errno.EROFS, errno.EACCES):
+                    raise BadInput(f"{path}: its cache cannot be written or the file not read ({error.strerror})") from error
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
                 raise BadInput(f"{path}: cannot be read, is it complete and in a format that ASE knows? ({reason})") from error
             if table is None or not len(table["energy"]):
@@ -620,9 +623,9 @@ def ten_structures(frames: Frames) -> int:
 def plan(atoms: np.ndarray, crowd: np.ndarray, budget: float, rng: np.random.Generator) -> list[np.ndarray]:
     """One epoch: every frame in one batch, batches of frames with equally crowded atoms, in random order.
 
-    A batch costs time and memory for atoms × neighbours of the most crowded atom; as many frames are taken as fit,
-    at least one; a quarter more than the budget may be, lest two frames of about half of it be parted. Frames are drawn at random in portions of some fifty batches and sorted within a portion only:
-    what a batch holds remains random, yet little of it is padding.
+    A batch costs time and memory for atoms × neighbours of the most crowded atom; as many frames are taken as fit, at least
+    one; a quarter more than the budget may be, lest two frames of about half of it be parted. Frames are drawn at random in
+    portions of some fifty batches and sorted within a portion only: what a batch holds remains random, yet little is padding.
     """
     order, mean, batches = rng.permutation(len(atoms)), (atoms * crowd).mean(), []
     portion = max(1, round(50 * budget / mean))
