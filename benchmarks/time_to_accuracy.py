@@ -125,7 +125,7 @@ def main():
     path = RESULTS / "time_to_accuracy.json"
     kept = json.loads(path.read_text()) if path.exists() else {"facet": {}, "mace": []}
     mace = mace_runs(args.mace) or kept["mace"]
-    facet = kept["facet"] if args.reuse else {name: [] for name in args.sets}
+    facet = kept["facet"] if args.reuse else {**kept["facet"], **{name: [] for name in args.sets}}  # other sets stay as they are
     if not args.reuse:
         with ThreadPoolExecutor(args.parallel) as pool:  # longest first, so that the two cores end together
             jobs = {(minutes, name): pool.submit(facet_run, args.data, name, minutes)
