@@ -218,7 +218,7 @@ def test_exercise_03(facet):
 
 def test_exercise_04(facet):
     """Rotations still hold, reflections no longer; without the cross product they do."""
-    G, signs = facet.gaunt(1, 1, 1), np.linalg.det(np.eye(3)[np.indices((3, 3, 3)).reshape(3, -1).T]).reshape(3, 3, 3)
+    G, signs = numbers(facet.gaunt(1, 1, 1)), np.linalg.det(np.eye(3)[np.indices((3, 3, 3)).reshape(3, -1).T]).reshape(3, 3, 3)
     same("size of the coupling", (G ** 2).sum((0, 1)), np.ones(3), "formula")
     same("coupling and the sign of a permutation, up to one sign", G * np.sign(G[0, 1, 2]), signs / np.sqrt(2), "formula")
     model = build(facet)
@@ -343,6 +343,9 @@ def test_exercise_11(facet):
         if hasattr(density, "G"):
             density.G.view(len(density.G), len(rows), -1)[:, rows != l * l + l] = 0  # all m2 but 0
         return density
+    for l1, l2, l3 in facet.paths(3, 3, 3):
+        m1, _, m3 = torch.nonzero(facet.gaunt(l1, l2, l3)[:, l2:l2 + 1].abs() > TOL["formula"]).T
+        assert (m1 - l1 == m3 - l3).all(), "where m2 = 0, m1 and m3 are the same"
     for atoms, L in ((CRYSTAL, 1), (CRYSTAL, 2), (ALONG_AXES, 2), (CRYSTAL, 3)):
         check_density(facet, frugal, atoms, L)
 
@@ -392,7 +395,7 @@ ASKED = {  # exercise: what it asks for, and whether a facet.py has it
 }
 
 WRONG = {  # exercise: what is spoilt in the model solution, the line's old and new text, what the check must say
-    1: ("Gaussians that end with a kink", ".clamp(min=0) ** 3  #", ".clamp(min=0)  #", "Gaussians"),
+    1: ("Gaussians that end with a kink", "** 2).clamp(min=0) ** 3", "** 2).clamp(min=0)", "Gaussians"),
     2: ("points and rows mixed up", "len(layer.grid.to_grid)", "len(layer.grid.to_rows)", "cost of L"),
     3: ("a rule of degree 3L", "least_degree = 4", "least_degree = 3", "turned features"),
     4: ("another product of two vectors", "torch.linalg.cross(e[:, None], e[None]) / sqrt(2)",
@@ -402,9 +405,8 @@ WRONG = {  # exercise: what is spoilt in the model solution, the line's old and 
     7: ("(y, z, x) taken for (x, y, z)", "[:, [2, 0, 1]]", "[:, [0, 1, 2]]", "dipoles of the turned crystal"),
     8: ("a curvature that jumps", "1 - x ** 3 * (10 - 15 * x + 6 * x ** 2)", "1 - x ** 2 * (3 - 2 * x)", "curvature just inside"),
     9: ("neighbours and groups mixed up", "src = index.view(N, B, K)[:, 0] // B", "src = index.view(N, B, K)[:, 0] % N", "A of layer"),
-    10: ("standard deviations of atoms added up", "members.std(1)}",
-         "energies.new_zeros(S).index_add(0, batch.crystal, self.atomic_energies(batch).std(1))}", "uncertainty"),
-    11: ("z and −z taken for the same", " * sign ** l)", ")", "A of layer"),
+    10: ("error of the mean taken for that of a member", "members.std(1)", "members.std(1) / 8 ** 0.5", "uncertainty"),
+    11: ("z and −z taken for the same", " * sign ** l)", " * sign ** (0 * l))", "A of layer"),
     12: ("a force that falls off as 1/r", "half / distance ** 2", "half / distance", "central differences"),
 }
 
@@ -421,7 +423,8 @@ def apply_patch(patch: str, source: str) -> str:
 
 def changed_lines(patch: str) -> int:
     """Lines that a unified diff adds or removes, blank ones not counted."""
-    return len(re.findall(r"^[-+].*\S", patch.partition("@@")[2], re.MULTILINE)) - len(re.findall(r"^[-+]\s*$", patch, re.MULTILINE))
+    lines = patch.partition("\n@@")[2].splitlines()
+    return sum(line.startswith(("+", "-")) and not line[1:].isspace() and len(line) > 1 for line in lines)
 
 
 def run_source(source: str) -> ModuleType:
@@ -446,10 +449,6 @@ def check_of(N: int):
     return globals()[f"test_exercise_{N:02}"]
 
 
-def numbered(N: int) -> str:
-    return f"{N:02}"
-
-
 @pytest.fixture
 def facet(request):
     """The reader's own facet.py, as soon as it holds what the exercise asks for."""
@@ -461,7 +460,7 @@ def facet(request):
 
 
 @pytest.mark.parametrize("name", [f"solution_{N:02}" for N in ASKED])
-def test_model(name):
+def test_solution(name):
     N = int(name[-2:])
     module = run_source(patched(N))
     assert ASKED[N][1](module), f"the solution has no {ASKED[N][0]}"
@@ -469,10 +468,20 @@ def test_model(name):
 
 
 @pytest.mark.parametrize("name", [f"wrong_{N:02}" for N in WRONG])
-def test_rejected(name):
+def test_wrong_solution_is_rejected(name):
     N = int(name[-2:])
     what, old, new, complaint = WRONG[N]
-    assert patched(N).count(old) == 1, f"exercise {N}: the solution should contain {old!r} once: bring WRONG up to date"
+    assert patched(N).count(old) == 1, f"the solution of exercise {N} should contain {old!r} once: bring WRONG up to date"
     with pytest.raises(AssertionError, match=complaint) as caught:
         check_of(N)(run_source(patched(N).replace(old, new)))
     print(f"\n{what}: {caught.value}")
+
+
+def test_readme_tells_other_sizes_or_forgets_an_exercise():
+    """Changed lines in README.md, in each exercise and in its last table, are those of the patches; at most 15 for the short ones."""
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    sizes = {N: changed_lines((HERE / f"solutions/{N:02}.patch").read_text(encoding="utf-8")) for N in ASKED}
+    told = re.findall(r"^## (\d+)\. .*?Model solution: (\d+) changed lines.*?`pytest -k exercise_(\d+)`", text, re.MULTILINE | re.DOTALL)
+    assert [tuple(map(int, numbers)) for numbers in told] == [(N, size, N) for N, size in sizes.items()]
+    assert {int(N): int(size) for N, size in re.findall(r"^\| (\d+) \|.*\| (\d+) \|$", text, re.MULTILINE)} == sizes
+    assert max(sizes[N] for N in (1, 3, 6, 7)) <= 15
