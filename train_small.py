@@ -620,25 +620,31 @@ def ten_structures(frames: Frames) -> int:
     return int(min(128, 10 * frames.atoms().mean()))
 
 
+PADDING = 0.15                          # of the neighbours in a batch may belong to no atom because frames are crowded differently
+
+
 def plan(atoms: np.ndarray, crowd: np.ndarray, budget: float, rng: np.random.Generator) -> list[np.ndarray]:
-    """One epoch: every frame in one batch, batches of frames with equally crowded atoms, in random order.
+    """One epoch: every frame in one batch, in random order; little of what the batches hold is padding.
 
     A batch costs time and memory for atoms × neighbours of the most crowded atom; as many frames are taken as fit, at least
     one; a quarter more than the budget may be, lest two frames of about half of it be parted. Frames are drawn at random in
-    portions of some fifty batches and sorted within a portion only: what a batch holds remains random, yet little is padding.
+    portions and sorted by crowd within each. The portions are as small as they can be: frames that are equally crowded are often
+    alike, and batches of frames that are alike train badly (silicon in one portion: forces 4 % worse).
     """
-    order, mean, batches = rng.permutation(len(atoms)), (atoms * crowd).mean(), []
-    portion = max(1, round(50 * budget / mean))
-    for start in range(0, len(order), portion):
-        part = order[start:start + portion]
-        batch, size = [], 0
-        for i in part[np.argsort(crowd[part], kind="stable")]:
-            if batch and (size + atoms[i]) * max(crowd[i], 1) > 1.25 * budget:
-                batches.append(np.array(batch))
-                batch, size = [], 0
-            batch.append(i)
-            size += atoms[i]
-        batches.append(np.array(batch))
+    order, mean = rng.permutation(len(atoms)), (atoms * crowd).mean()
+    for several in (1, 2, 4, 8, 16, 32, 64):  # batches in a portion
+        batches, portion = [], max(1, round(several * budget / mean))
+        for part in np.split(order, range(portion, len(order), portion)):
+            batch, size = [], 0
+            for i in part[np.argsort(crowd[part], kind="stable")]:
+                if batch and (size + atoms[i]) * max(crowd[i], 1) > 1.25 * budget:
+                    batches.append(np.array(batch))
+                    batch, size = [], 0
+                batch.append(i)
+                size += atoms[i]
+            batches.append(np.array(batch))
+        if (atoms * crowd).sum() > (1 - PADDING) * sum(atoms[batch].sum() * crowd[batch].max() for batch in batches):
+            break
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
