@@ -69,7 +69,7 @@ class Settings:
     name: str = setting("", "results go to runs/NAME; by default the name of the training file, and never over old results")
     minutes: float = setting(0.0, "training time; 0: 9.5, or 1.75 for the embedded set")
     steps: int = setting(0, "number of steps, instead of minutes")
-    epochs: float = setting(60.0, "with --minutes: at most so many times through the data, so that a small set is not learned by heart")
+    epochs: float = setting(40.0, "with --minutes: at most so many times through the data, so that a small set is not learned by heart")
     seed: int = setting(0, "of the weights, the order of the data and the split")
     device: str = setting("", "cpu, cuda, cuda:1, …; by default cuda if there is one")
     threads: int = setting(0, "CPU threads; 0: as PyTorch chooses")
@@ -86,15 +86,15 @@ class Settings:
     layers: int = setting(3, "T, number of message-passing layers")
     splines: int = setting(24, "R, B-splines per radial function")
     activation: str = setting("product", "of the grid layer: product or silu")
-    batch_atoms: int = setting(0, "atoms per step at mean density (what is bounded are neighbours, so memory); 0: ten structures, at most 128")
+    batch_atoms: int = setting(0, "atoms per step at mean density (what is bounded are neighbours, so memory); 0: ten structures, at most 256")
     lr: float = setting(5e-3, "highest learning rate of AdamW; warm-up, then a cosine to zero")
     weight_decay: float = setting(1e-3, "of AdamW")
     muon_lr: float = setting(1e-2, "highest learning rate of Muon, which trains the matrices that mix paths")
-    muon_decay: float = setting(0.5, "weight decay of Muon, against learning the training set by heart")
+    muon_decay: float = setting(1.0, "weight decay of Muon, against learning the training set by heart")
     clip: float = setting(1.0, "longest gradient allowed")
     ema: float = setting(0.99, "averaging of the weights; the averaged ones are tested and saved")
     energy_start: float = setting(0.05, "weight of the energy loss at first …")
-    energy_end: float = setting(0.5, "… and in the end; forces have weight 1")
+    energy_end: float = setting(1.0, "… and in the end; forces have weight 1")
     stress_weight: float = setting(0.1, "weight of the stress loss; 0: stress labels are not used")
     huber: float = setting(0.1, "errors beyond this fraction of the force RMS count linearly")
     save_minutes: float = setting(5.0, "a checkpoint at least this often, and with every line of the log")
@@ -616,8 +616,8 @@ def sizes(frames: Frames) -> tuple[np.ndarray, np.ndarray]:
 
 
 def ten_structures(frames: Frames) -> int:
-    """Atoms in a batch of ten structures of mean size, at most 128."""
-    return int(min(128, 10 * frames.atoms().mean()))
+    """Atoms in a batch of ten structures of mean size, at most 256."""
+    return int(min(256, 10 * frames.atoms().mean()))
 
 
 PADDING = 0.15                          # of the neighbours in a batch may belong to no atom because frames are crowded differently
