@@ -999,11 +999,10 @@ def test_batches_lose_or_double_a_frame():
         batches = train_small.plan(atoms, crowd, 5000.0, np.random.default_rng([0, epoch]))
         assert sorted(np.concatenate(batches)) == list(range(500))
         cost = [atoms[b].sum() * crowd[b].max() for b in batches]
-        assert all(c <= 6250 or len(b) == 1 for c, b in zip(cost, batches)) and max(map(len, batches)) > 10
-        assert 4500 < np.median(cost) < 6250
+        assert all(c <= 6250 or len(b) == 1 for c, b in zip(cost, batches)) and max(map(len, batches)) > 3
         used = sum((atoms[b] * crowd[b]).sum() for b in batches)
-        assert used > 0.85 * sum(cost), "padding"
-        shuffled = np.array_split(rng.permutation(500), len(batches))  # control: without sorting there is padding
+        assert used > 0.85 * sum(cost) and used > 0.7 * 5000 * len(batches), "padding, or batches that are not full"
+        shuffled = np.array_split(rng.permutation(500), 50)  # control: without sorting there is padding
         assert used < 0.75 * sum(atoms[b].sum() * crowd[b].max() for b in shuffled)
     other = {tuple(b) for b in train_small.plan(atoms, crowd, 5000.0, np.random.default_rng([0, 0])) if len(b) > 2}
     assert len(other) > 20 and not other & {tuple(b) for b in batches}, "two epochs with the same batches"

@@ -643,8 +643,9 @@ def plan(atoms: np.ndarray, crowd: np.ndarray, budget: float, rng: np.random.Gen
                 batch.append(i)
                 size += atoms[i]
             batches.append(np.array(batch))
-        if (atoms * crowd).sum() > (1 - PADDING) * sum(atoms[batch].sum() * crowd[batch].max() for batch in batches):
-            break
+        used = (atoms * crowd).sum()
+        if used > (1 - PADDING) * sum(atoms[batch].sum() * crowd[batch].max() for batch in batches) and used > 0.75 * len(batches) * budget:
+            break  # little padding, and batches are full
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
