@@ -103,7 +103,7 @@ def main():
     print(f"{args.name}: {found['pairs']} pairs, within the core attracting: {found['attracting'] or 'none'}; at {NEAREST} Å at least "
           f"{found['least_energy_at_0.3_A_eV']:.0f} eV; weakest force in the core {found['weakest_force_in_the_core_eV_per_A']:.2g} eV/Å", flush=True)
     md = hot(facet.load(args.model), atoms, args.kelvin, args.picoseconds)
-    print(f"{md['structure']}, {args.picoseconds:g} ps at {args.kelvin:g} K: temperature {np.mean(md['temperature_K'][50:]):.0f} K, shortest distance "
+    print(f"{md['structure']}, {args.picoseconds:g} ps at {args.kelvin:g} K: temperature {np.mean(md['temperature_K'][len(md['temperature_K']) // 4:]):.0f} K, shortest distance "
           f"{min(md['shortest_distance_A']):.2f} Å, largest force {max(md['largest_force_eV_per_A']):.1f} eV/Å, {md['seconds']:.0f} s")
     path, species = RESULTS / "short_range.json", model.config.species
     content = json.loads(path.read_text())["models"] if path.exists() else {}
