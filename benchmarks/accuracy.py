@@ -36,6 +36,9 @@ def run(data: Path, name: str, seed: int, threads: int, more: list[str]) -> dict
         result = json.loads((Path(folder) / "runs" / name / "result.json").read_text())
     result["command"] = shlex.join(["python", "train_small.py", "--train", SETS[name].format("train"), "--test",
                                     SETS[name].format("test"), "--name", name, "--seed", str(seed), "--threads", str(threads), *more])
+    physics = result["physics"]  # without its curves
+    result["physics"] = {"drift": physics["energy_drift"]["drift_meV_per_atom_per_ps"],
+                         "equivariance": {dtype: max(errors) for dtype, errors in physics["equivariance_error"].items()}}
     result["settings"].update(train=SETS[name].format("train"), test=SETS[name].format("test"))
     print(f"{name}, seed {seed}:", ", ".join(f"{text} {result[key]:.4g}" for key, text in SHOWN.items()), flush=True)
     return result
