@@ -56,7 +56,7 @@ def hot(model: facet.Facet, atoms: Atoms, kelvin: float, picoseconds: float) -> 
     atoms = atoms.copy()
     atoms.calc = facet.FacetCalculator(model)
     atoms.set_velocities(np.random.default_rng(0).normal(size=(len(atoms), 3)) * np.sqrt(units.kB * kelvin / atoms.get_masses())[:, None])
-    dynamics = Langevin(atoms, 1.0 * units.fs, temperature_K=kelvin, friction=0.01 / units.fs, rng=np.random.RandomState(0))
+    dynamics = Langevin(atoms, 1.0 * units.fs, temperature_K=kelvin, friction=0.01 / units.fs, fixcm=False, rng=np.random.RandomState(0))
     rows, start = [], time.perf_counter()
 
     def look():
