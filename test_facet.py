@@ -704,13 +704,11 @@ def test_saved_model_is_another_model(tmp_path):
 
 
 def test_interrupted_save_leaves_half_a_file(tmp_path):
-    def interrupted(content, path):
-        path.write_bytes(b"half")
-        raise KeyboardInterrupt
     facet.save(build(), tmp_path / "model.pt")
     for name in ("model.pt", "new.pt"):
-        with mock.patch.object(torch, "save", interrupted), pytest.raises(KeyboardInterrupt):
-            facet.save(build(seed=1), tmp_path / name)
+        for place, moment in ((torch, "save"), (os, "fsync"), (Path, "replace")):
+            with mock.patch.object(place, moment, side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+                facet.save(build(seed=1), tmp_path / name)
     assert [*tmp_path.iterdir()] == [tmp_path / "model.pt"]
     same("readout of the old model", facet.load(tmp_path / "model.pt").readout, build().readout, "float32")
 
