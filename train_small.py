@@ -212,9 +212,9 @@ def read_json(path: str, s: Settings) -> Iterator[Record]:
         for i, (keys, frame) in enumerate(stream(file)):
             name = keys[-1] if keys else str(i)
             labels = {**frame, **frame.get("outputs", {})}
-            energy = next((labels[k] for k in ([s.energy] if s.energy else ("corrected_total_energy", "energy")) if labels.get(k) is not None), None)
-            forces = next((labels[k] for k in ([s.forces] if s.forces else ("force", "forces")) if labels.get(k) is not None), None)
-            stress = next((labels[k] for k in ([s.stress] if s.stress else ("stress", "virial_stress")) if labels.get(k) is not None), None)
+            energy, forces, stress = (next((labels[key] for key in ([given] if given else usual) if labels.get(key) is not None), None)
+                                      for given, usual in ((s.energy, ("corrected_total_energy", "energy")), (s.forces, ("force", "forces")),
+                                                           (s.stress, ("stress", "virial_stress"))))
             for what, value in (("structure", frame.get("structure")), (s.energy or "energy", energy), (s.forces or "forces", forces)):
                 if value is None:
                     raise BadInput(f"{path}, frame {name}: has no {what}; it has {', '.join(labels)}")
@@ -367,31 +367,28 @@ class Frames(Sequence):
         some.graphs = None if self.graphs is None else {k: self.graphs[i] for k, i in enumerate(chosen) if i in self.graphs}
         return some
 
-    def column(self, key: str) -> np.ndarray:
-        """A column that has a row per frame, [F, …]."""
-        dtype, shape = COLUMNS[key]
+    def gather(self, look, dtype, shape=()) -> np.ndarray:
+        """What look(table, rows) finds for every frame, [F, …]."""
         out = np.empty((len(self), *shape), dtype)
         for n, (_, table) in enumerate(self.tables):
             here = self.rows[:, 0] == n
-            out[here] = table[key][self.rows[here, 1]]
+            out[here] = look(table, self.rows[here, 1])
         return out
+
+    def column(self, key: str) -> np.ndarray:
+        """A column that has a row per frame, [F, …]."""
+        return self.gather(lambda table, rows: table[key][rows], *COLUMNS[key])
 
     def atoms(self) -> np.ndarray:
         """Atoms of every frame, [F]."""
-        out = np.empty(len(self), int)
-        for n, (_, table) in enumerate(self.tables):
-            here = self.rows[:, 0] == n
-            out[here] = np.diff(table["atoms_end"], prepend=0)[self.rows[here, 1]]
-        return out
+        return self.gather(lambda table, rows: table["atoms_end"][rows] - np.where(rows > 0, table["atoms_end"][rows - 1], 0), int)
 
     def counts(self, numbers: np.ndarray) -> np.ndarray:
         """Atoms of each element, [F, Z]."""
-        out = np.empty((len(self), len(numbers)), np.int16)
-        for n, (_, table) in enumerate(self.tables):
-            here, first = self.rows[:, 0] == n, np.concatenate([[0], table["atoms_end"][:-1]])
-            for z, number in enumerate(numbers):
-                out[here, z] = np.add.reduceat(table["numbers"] == number, first, dtype=np.int32)[self.rows[here, 1]]
-        return out
+        def look(table, rows):
+            first = np.concatenate([[0], table["atoms_end"][:-1]])
+            return np.stack([np.add.reduceat(table["numbers"] == number, first, dtype=np.int16)[rows] for number in numbers], 1)
+        return self.gather(look, np.int16, (len(numbers),))
 
     def graph(self, i: int) -> facet.Neighbours:
         """Neighbours of a frame, made now or kept. Raises BadInput for a geometry that cannot be used."""
@@ -629,7 +626,7 @@ def plan(atoms: np.ndarray, crowd: np.ndarray, budget: float, rng: np.random.Gen
     A batch costs time and memory for atoms × neighbours of the most crowded atom; as many frames are taken as fit, at least
     one; a quarter more than the budget may be, lest two frames of about half of it be parted. Frames are drawn at random in
     portions and sorted by crowd within each. The portions are as small as they can be: frames that are equally crowded are often
-    alike, and batches of frames that are alike train badly (silicon in one portion: forces 4 % worse).
+    alike, and batches of frames that are alike train badly (silicon in one portion: forces 3 % worse).
     """
     order, mean = rng.permutation(len(atoms)), (atoms * crowd).mean()
     for several in (1, 2, 4, 8, 16, 32, 64):  # batches in a portion
@@ -649,9 +646,8 @@ def plan(atoms: np.ndarray, crowd: np.ndarray, budget: float, rng: np.random.Gen
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def epochs(frames: Frames, budget: float, seed: int) -> Iterator[list[np.ndarray]]:
+def epochs(atoms: np.ndarray, crowd: np.ndarray, budget: float, seed: int) -> Iterator[list[np.ndarray]]:
     """Plans without end. They follow from the seed alone: step n of a run, resumed or not, on any number of processes, sees batch n."""
-    atoms, crowd = sizes(frames)
     for epoch in count():
         yield plan(atoms, crowd, budget, np.random.default_rng([seed, epoch]))
 
@@ -665,24 +661,19 @@ class Samples(torch.utils.data.Dataset):
     def __getitem__(self, rows: np.ndarray):
         """rows, batch, and labels of this process' share: energy [S] eV, forces [N, 3] eV/Å, virial [S, 3, 3] eV (nan where there
         is none), atoms [S], weight (0 where no share is left), and count [3]: how many energies, forces and virials all have."""
-        mine = rows[self.team.rank::self.team.size]
-        frames, config = self.frames, self.frames.config
-        frame, graphs = [frames[int(i)] for i in (mine if len(mine) else rows[:1])], []
+        mine, frames = rows[self.team.rank::self.team.size], self.frames
+        share = (mine if len(mine) else rows[:1]).tolist()
         try:
-            graphs = [frames.graph(int(i)) for i in (mine if len(mine) else rows[:1])]
+            frame, graphs = [frames[i] for i in share], [frames.graph(i) for i in share]
         except BadInput as error:
             return rows, str(error), None  # an exception would not leave a loader process in one piece
-        batch = facet.make_batch(graphs, config.cutoff)
-        everyone = frames.take(rows) if self.team.size > 1 else None
-        atoms = [len(f.atoms) for f in frame]
-        stress = np.stack([f.stress for f in frame]).astype("f8")
-        virial = stress * np.array([g.volume for g in graphs])[:, None, None]
-        labelled = np.isfinite(virial).sum() if everyone is None else 9 * np.sum(
-            np.isfinite(everyone.column("stress")).all((1, 2)) & (np.abs(np.linalg.det(everyone.column("cell"))) > 0))
-        number = [len(rows), 3 * sum(atoms if everyone is None else everyone.atoms()), labelled]
+        batch, everyone = facet.make_batch(graphs, frames.config.cutoff), frames.take(rows)
+        virial = np.stack([f.stress for f in frame]).astype("f8") * np.array([g.volume for g in graphs])[:, None, None]
+        labelled = np.isfinite(everyone.column("stress")) & (np.linalg.det(everyone.column("cell")) != 0)[:, None, None]  # [S, 3, 3]
+        number = [len(rows), 3 * everyone.atoms().sum(), labelled.sum()]
         return rows, batch, {"energy": torch.tensor([f.energy for f in frame], dtype=torch.float64),
                              "forces": torch.from_numpy(np.concatenate([f.forces for f in frame])), "virial": torch.from_numpy(virial).float(),
-                             "atoms": torch.tensor(atoms), "weight": float(len(mine) > 0), "edges": sum(len(g.dst) for g in graphs),
+                             "atoms": torch.tensor([len(f.atoms) for f in frame]), "weight": float(len(mine) > 0), "edges": sum(len(g.dst) for g in graphs),
                              "count": torch.tensor(number).clamp(min=1)}
 
 
@@ -842,16 +833,18 @@ class Run:
 
     def __init__(self, model: facet.Facet, train: Frames, test: Frames, s: Settings, folder: Path, team: Team, resumed: dict | None):
         self.model, self.train, self.s, self.folder, self.team = model, train, s, folder, team
+        self.data = fingerprint(train)
         self.weights, self.step, self.before = Weights(model, s), 0, 0.0  # s of training in earlier lives
         if resumed:
             self.weights.restore(resumed)
             self.step, self.before = resumed["step"], resumed["seconds"]
         self.engine = torch.nn.parallel.DistributedDataParallel(model) if team.size > 1 else model
         self.log = Log(folder, test, resumed["log"] if resumed else 0) if team.rank == 0 else None
-        budget = s.batch_atoms * np.mean(sizes(train)[1])  # padded neighbours per step
-        self.epoch = len(next(epochs(train, budget, s.seed)))  # steps
+        atoms, crowd = sizes(train)
+        budget = s.batch_atoms * crowd.mean()  # padded neighbours per step
+        self.epoch = len(next(epochs(atoms, crowd, budget, s.seed)))  # steps
         workers = s.workers if s.workers >= 0 else 0 if train.graphs is not None else max(1, (os.cpu_count() or 2) // team.size - 1)
-        batches = islice(chain.from_iterable(epochs(train, budget, s.seed)), self.step, None)
+        batches = islice(chain.from_iterable(epochs(atoms, crowd, budget, s.seed)), self.step, None)
         self.stream = iter(loader(train, batches, workers, team, model.readout.is_cuda))
         self.seen, self.filled, self.waited, self.testing = 0, np.zeros(2), 0.0, 0.0
         self.start = time.perf_counter()
@@ -872,7 +865,7 @@ class Run:
         if self.team.rank == 0:
             facet.save(self.weights.averaged, self.folder / "model.pt")
             facet.save(self.model, self.folder / "checkpoint.pt", **self.weights.state(), step=self.step, seconds=self.saved,
-                       settings=asdict(self.s), log=os.path.getsize(self.log.path), data=fingerprint(self.train))
+                       settings=asdict(self.s), log=os.path.getsize(self.log.path), data=self.data)
 
     def shared(self, values: torch.Tensor) -> list[float]:
         """Sum over the processes."""

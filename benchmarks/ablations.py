@@ -307,7 +307,8 @@ def make_step(name: str, data: tuple, batch_atoms: int) -> Callable:
     torch.manual_seed(0)
     train, _, config = data
     model, s = build(name, config), train_small.Settings()
-    rows = next(train_small.epochs(train, batch_atoms * np.mean(train_small.sizes(train)[1]), 0))[0]
+    atoms, crowd = train_small.sizes(train)
+    rows = next(train_small.epochs(atoms, crowd, batch_atoms * crowd.mean(), 0))[0]
     _, batch, target = train_small.Samples(train)[rows]
     named = list(model.named_parameters())
     optimizers = [torch.optim.AdamW([p for n, p in named if ".mix.W" not in n], lr=1e-6),  # the weights shall hardly move
