@@ -38,11 +38,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from common import FIGURES, RESULTS, SETS, each_layer, in_turn, silicon, write_results
+from common import RESULTS, SETS, each_layer, in_turn, silicon, write_results
 from density import EdgeWiseDensity
 
 import facet
 import train_small
+from pictures import draw_results
 
 ENERGY, FORCE = "energy_mae_meV_per_atom", "force_mae_eV_per_A"
 EQUAL = 0.05  # steps that differ by less take equal time
@@ -480,6 +481,14 @@ def points_of(variants: dict, rows: dict, key: str) -> dict[str, tuple[float, fl
             if found.get("steps") and np.isfinite(found["steps"][FORCE][0])}
 
 
+def picture_of(variants: dict, rows: dict, key: str) -> dict:
+    """What pictures.py draws: (ms, error, spread over seeds) of each group's variants beside the default's, and the front of all."""
+    points = {name: (*point, 1000 * variants[name]["steps"][FORCE][1]) for name, point in points_of(variants, rows, key).items()}
+    groups = {VARIANTS[name].group for name in points} - {"default"}
+    return {"front": [points[name][:2] for name in front(points_of(variants, rows, key))],
+            "groups": {group: {name: p for name, p in points.items() if VARIANTS[name].group in (group, "default")} for group in sorted(groups)}}
+
+
 def answers(summary: dict, rows: dict) -> dict:
     """Each variant over the default: time, memory, and the difference of the force errors beside the spread of the seeds."""
     result = {}
@@ -503,47 +512,6 @@ def answers(summary: dict, rows: dict) -> dict:
         result[key]["front"] = front(points_of(variants, rows, key))
         print("    front of force MAE against time of a step:", ", ".join(result[key]["front"]))
     return result
-
-
-def draw_panel(axis, points: dict, spreads: dict, best: list[tuple[float, float]], colour: str) -> None:
-    """Points with error bars, their names in a column beside the axis, in the order of the errors; and the front."""
-    from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
-    axis.set(xscale="log", yscale="log")
-    order = sorted(points, key=lambda name: points[name][1])
-    for name, height in zip(order, np.linspace(0, 1, len(order))):
-        shade = "black" if name == "default" else colour
-        axis.errorbar(*points[name], spreads[name], fmt="o", color=shade, markersize=5, elinewidth=1)
-        axis.annotate(name, points[name], (1.05, height), textcoords="axes fraction", fontsize=8.5, va="center", color=shade,
-                      arrowprops={"arrowstyle": "-", "color": "0.8", "shrinkA": 0, "relpos": (0, 0.5), "zorder": 0})
-    limits = axis.get_xlim(), axis.get_ylim()
-    ms, error = zip(*best, (limits[0][1], best[-1][1]))
-    axis.step(ms, error, where="post", color="0.85", linewidth=4, zorder=-1)
-    axis.set(xlim=limits[0], ylim=limits[1])
-    for side in (axis.xaxis, axis.yaxis):
-        side.set_major_locator(MaxNLocator(5))
-        side.set_minor_locator(NullLocator())
-        side.set_major_formatter(ScalarFormatter())
-
-
-def draw(summary: dict, rows: dict, steps: int) -> None:
-    """Force MAE against the time of a training step: a column per set, a row per group; the front of all in grey."""
-    from matplotlib.figure import Figure
-    groups = {"radial": "radial functions", "update": "node update", "size": "size of the model"}
-    trained = {VARIANTS[name].group for variants in summary.values() for name, found in variants.items() if "steps" in found}
-    groups = {group: text for group, text in groups.items() if group in trained}
-    figure = Figure((8.5, 3.4 * len(groups)), layout="constrained", facecolor="white")
-    for (i, j), axis in np.ndenumerate(figure.subplots(len(groups), len(summary), squeeze=False)):
-        group, key = list(groups)[i], list(summary)[j]
-        points = points_of(summary[key], rows, key)
-        best = [points[name] for name in front(points)]
-        points = {name: point for name, point in points.items() if VARIANTS[name].group in (group, "default")}
-        if points:
-            draw_panel(axis, points, {name: 1000 * summary[key][name]["steps"][FORCE][1] for name in points}, best, f"C{i}")
-        axis.set_title(f"{key}: {groups[group]}", fontsize=11)
-        axis.set(xlabel="training step (ms)" if i == len(groups) - 1 else "", ylabel="" if j else "force MAE (meV/Å)")
-    figure.suptitle(f"Test error after {steps} steps against time of a step; grey: front of all variants", fontsize=11)
-    FIGURES.mkdir(exist_ok=True)
-    figure.savefig(FIGURES / "ablations.png", dpi=200)
 
 
 def main() -> None:
@@ -573,10 +541,10 @@ def main() -> None:
         train_all(args, plan(args, names, rows), content)
     summary = summarize(args, names, content["runs"], rows)
     print_table(summary, rows)
-    content |= {"steps": args.steps, "summary": summary, "answers": answers(summary, rows)}
-    write_results("ablations", content)
+    picture = {key: picture_of(variants, rows, key) for key, variants in summary.items()}
+    write_results("ablations", content | {"steps": args.steps, "summary": summary, "answers": answers(summary, rows), "picture": picture})
     if content["runs"]:
-        draw(summary, rows, args.steps)
+        draw_results("ablations")
 
 
 if __name__ == "__main__":

@@ -34,13 +34,13 @@ from ase.md.langevin import Langevin
 from ase.md.velocitydistribution import Stationary, ZeroRotation
 from ase.md.verlet import VelocityVerlet
 from ase.optimize import FIRE
-from matplotlib.figure import Figure
 from scipy.spatial.transform import Rotation
 
-from common import FIGURES, RESULTS, ROOT, SETS, hardware, in_turn, silicon, write_results
+from common import FIGURES, ROOT, SETS, hardware, in_turn, silicon, write_results
 
 import facet
 import train_small
+from pictures import draw_results
 
 MODELS = {"product": ("product", 0), "silu": ("silu", 0), "silu-26": ("silu", 7)}  # activation, grid_degree; 0: its default
 GRIDS = {14: 5, 26: 7, 38: 9, 50: 11, 74: 13, 86: 15, 110: 17, 146: 19, 170: 21, 194: 23, 302: 29}  # points: exact degree
@@ -147,7 +147,7 @@ def against_points(model: facet.Facet, grids: list[int], crystals: list[ase.Atom
 def against_amplitude(model: facet.Facet, crystal: ase.Atoms, turns: np.ndarray) -> list[dict]:
     """That layer, its input multiplied by the amplitudes: root mean square of the input, relative error."""
     x = layer_input(model, crystal)
-    return [{"input_rms": float(a * x.square().mean().sqrt()), "relative": layer_error(model, a * x, turns)} for a in AMPLITUDES]
+    return [{"amplitude": a, "input_rms": float(a * x.square().mean().sqrt()), "relative": layer_error(model, a * x, turns)} for a in AMPLITUDES]
 
 
 def rotation_errors(name: str, models: dict[int, facet.Facet], grids: list[int], turns: np.ndarray) -> dict:
@@ -269,48 +269,6 @@ def rotation(name: str, model: facet.Facet, start: ase.Atoms, dtype: str, ps: fl
 
 # ─── All of it ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-def draw(r: dict, path: Path) -> None:
-    """Six panels from the content of the results file."""
-    colour = dict(zip(MODELS, ("tab:blue", "tab:orange", "tab:red")))
-    label = {name: f"{name.split('-')[0].replace('silu', 'SiLU')}, {m['points']} points" for name, m in r["models"].items()}
-    figure = Figure((12, 7.6), layout="constrained", facecolor="white")
-    error, amplitude, cost, during, energy, momentum = figure.subplots(2, 3).flat
-    for name in MODELS:
-        for when, style in (("before", "o--"), ("after", "o-")):
-            line = {"color": colour[name], "markersize": 4, "alpha": 0.5 if when == "before" else 1}
-            rows = r["rotation"][name][f"amplitude_{when}"]
-            amplitude.loglog([row["input_rms"] for row in rows], [row["relative"] for row in rows], style[1:], **line)
-            here = rows[AMPLITUDES.index(1)]
-            amplitude.plot(here["input_rms"], here["relative"], "o", **line)
-            if name != "silu-26":  # the weights of "silu" before training, and much like them after it
-                rows, word = r["rotation"][name][when], name.replace("silu", "SiLU")
-                error.loglog([row["points"] for row in rows], [row["force_relative"] for row in rows], style, **line,
-                             label=f"{word}, {when} training")
-        rows = r["rotation"][name]["during"]
-        during.semilogy([row["step"] for row in rows], [row["force_relative"] for row in rows], color=colour[name],
-                        label=label[name])
-        trace = r["crystal"][f"{name} float32"]
-        energy.plot(trace["trace_ps"], trace["trace_meV_per_atom"], color=colour[name], linewidth=0.9)
-        for dtype, style in (("float32", "-"), ("float64", ":")):
-            trace = r["cluster"][f"{name} {dtype}"]
-            momentum.semilogy(trace["trace_ps"][1:], trace["trace_angular_momentum"][1:], style, color=colour[name])
-    for name, t in r["time"].items():
-        cost.plot(t["points"], t["ms"], "o-", color=colour[name], markersize=4, label=name.replace("silu", "SiLU"))
-    for axis in (error, cost, during):
-        axis.legend(fontsize=9)
-    ticks = [p for p in (14, 26, 50, 86, 146, 302) if p in r["time"]["product"]["points"]]
-    error.set(title="forces, relative error under rotation", xlabel="grid points", xticks=ticks, xticklabels=ticks)
-    error.minorticks_off()
-    amplitude.set(title="one layer alone, relative error", xlabel="rms of its input (dot: as it is;\ndashed: before training)")
-    cost.set(title="one evaluation, 64 atoms (ms)", xlabel="grid points", ylim=(0, None))
-    during.set(title="forces, relative error in training", xlabel="step")
-    energy.set(title="total energy of a crystal (meV/atom)", xlabel="time (ps), float32")
-    momentum.set(title="angular momentum of a cluster", xlabel="time (ps); dotted: float64\n1: as if it rotated in equilibrium")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=140)
-    print(f"→ {path.name}")
-
-
 def measure(args: argparse.Namespace) -> dict:
     """Everything, as it goes into the results file."""
     grids, turns = [14, 26, 86] if args.quick else list(GRIDS), rotations(4 if args.quick else 24)
@@ -356,7 +314,7 @@ def main() -> None:
     parser.add_argument("--draw", action="store_true", help="draw the results that are there")
     args, start = parser.parse_args(), time.perf_counter()
     if args.draw:
-        return draw(json.loads((RESULTS / "equivariance.json").read_text()), FIGURES / "equivariance.png")
+        return draw_results("equivariance")
     if not args.data:
         parser.error("--data FOLDER is needed")
     if args.quick:
@@ -369,7 +327,7 @@ def main() -> None:
     print(f"{results['seconds']:.0f} s")
     if not args.quick:
         write_results("equivariance", results)
-    draw(json.loads(json.dumps(results)), args.out / "quick.png" if args.quick else FIGURES / "equivariance.png")
+    draw_results("equivariance", args.out if args.quick else FIGURES, json.loads(json.dumps(results)))
 
 
 if __name__ == "__main__":

@@ -38,17 +38,17 @@ from ase.calculators.calculator import Calculator
 from ase.filters import FrechetCellFilter
 from ase.optimize import FIRE
 
-from common import FIGURES, SETS, versions, write_results
+from common import SETS, versions, write_results
 
 import facet
 import train_small
+from pictures import draw_results
 
 FMAX, STEPS, LARGEST = 0.02, 300, 100  # eV/Å, steps, atoms
 STRAIN, RATTLE = 0.03, 0.05  # largest component, Å
 NEARLY_RELAXED = 0.5 / 160.21766, 0.05  # eV/Å³ and eV/Å: what the labels' largest stress and force may be, at most
 GROUPS = 2, 4, 8, 16, 32, 64, LARGEST + 1  # atoms at which the groups of the picture begin
 LABELS = {"facet": "Facet, ASE", "mace": "MACE, ASE", "batched": "Facet, facet.relax"}
-COLOURS = {"facet": "tab:blue", "mace": "tab:red", "batched": "tab:green"}
 
 
 # ─── The crystals ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -199,34 +199,6 @@ def headline(results: dict, rows: list[dict]) -> dict:
     return table
 
 
-def draw(rows: list[dict], groups: list[dict], path: Path) -> None:
-    """Seconds per crystal and milliseconds per step, against the number of atoms."""
-    from matplotlib.figure import Figure
-    figure = Figure((8.5, 3.9), layout="constrained", facecolor="white")
-    left, right = figure.subplots(1, 2)
-    for name in ("mace", "facet"):
-        chosen = [row for row in rows if name in row]
-        if not chosen:
-            continue
-        atoms = np.array([row["atoms"] for row in chosen])
-        seconds = np.array([row[name]["seconds"] for row in chosen])
-        done = np.array([row[name]["converged"] for row in chosen])
-        for axis, y in ((left, seconds), (right, 1000 * seconds / [row[name]["evaluations"] for row in chosen])):
-            axis.plot(atoms[done], y[done], "o", markersize=5, color=COLOURS[name], label=LABELS[name])
-            axis.plot(atoms[~done], y[~done], "o", markersize=5, color=COLOURS[name], markerfacecolor="white")
-    atoms = [group["mean_atoms"] for group in groups]
-    for axis, key in ((left, "seconds_per_crystal"), (right, "ms_per_evaluation")):
-        axis.plot(atoms, [group[key] for group in groups], "s-", markersize=6, color=COLOURS["batched"], label=LABELS["batched"])
-        axis.set(xscale="log", yscale="log", xlabel="atoms")
-        axis.set_xticks([2, 5, 10, 20, 50, 100], ["2", "5", "10", "20", "50", "100"])
-        axis.tick_params(axis="x", which="minor", labelbottom=False)
-        axis.grid(color="0.9")
-    left.set(ylabel="seconds per crystal", title="Relaxation (open: not converged)")
-    right.set(ylabel="ms per crystal and step", title="One step")
-    right.legend(fontsize=9)
-    figure.savefig(path, dpi=200, facecolor="white")
-
-
 # ─── Command line ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def parse() -> argparse.Namespace:
@@ -329,7 +301,7 @@ def main():
     if not args.quick:
         name = "relax_cuda" if "cuda" in args.device else "relax"
         write_results(name, results | {"relaxations": rows})
-        draw(rows, results["groups"], FIGURES / f"{name}.png")
+        draw_results(name)
 
 
 if __name__ == "__main__":

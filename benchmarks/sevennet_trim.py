@@ -32,7 +32,6 @@ import time
 import warnings
 
 import ase.build
-import matplotlib
 import numpy as np
 import sevenn._keys as KEY
 import torch
@@ -45,12 +44,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch_geometric.data import Batch
 
-from common import FIGURES, hardware, in_turn, versions, write_results
+from common import hardware, in_turn, versions, write_results
 
 import facet
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from pictures import draw_results
 
 LAYERS, CUTOFF, FIRST_KNOT, SPLINES = 5, 5.0, 0.7, 64  # –, Å, Å, splines on the radial axis
 SLOPE = 0.3         # Å; how much an error of a slope counts against one of a value, in the SVD
@@ -396,32 +393,6 @@ def goals(rows: list[dict]) -> dict:
     return table
 
 
-def draw(rows: list[dict]) -> None:
-    """Energy and force errors against parameters; what changes nothing has no place on a logarithmic axis."""
-    figure, panels = plt.subplots(1, 2, figsize=(10, 5.6), facecolor="white", sharex=True)
-    rows = [row for row in rows if row["variant"] not in ("SevenNet-0", "exact folds only")]
-    for axis, name, text in zip(panels, ("energy", "force"), ("energy MAE, meV/atom", "force MAE, meV/Å")):
-        for i, row in enumerate(rows):
-            tuned, bessel, folds = (word in row["variant"] for word in ("tuned", "Bessel", "fold"))
-            axis.plot(row["parameters"] / 1000, row[name]["mae"], "*" if tuned else "s" if bessel else "o", ms=15 if tuned else 9,
-                      color="tab:green" if tuned else "tab:gray" if bessel else "tab:blue" if folds else "tab:orange",
-                      mec="black", mew=0.6, label=f"{i + 1}  {row['variant']}", zorder=3)
-            axis.annotate(str(i + 1), (row["parameters"] / 1000, row[name]["mae"]), xytext=(-20, -8) if tuned else (8, 2),
-                          textcoords="offset points", fontsize=13)
-        axis.axhline(TARGETS[name], color="tab:red", lw=1, ls="--")
-        axis.axvline(BUDGET / 1000, color="tab:red", lw=1, ls="--")
-        axis.set(yscale="log", xlabel="thousand parameters (SevenNet-0: 842)")
-        axis.set_title(text, fontsize=13)
-        axis.grid(alpha=0.3, which="both")
-        axis.margins(0.1)
-    lines, labels = panels[0].get_legend_handles_labels()
-    figure.suptitle("SevenNet-0, radial MLPs replaced by splines: difference from the original on unseen rattled crystals\n"
-                    "red: 25 % fewer parameters, 0.5 meV/atom, 4 meV/Å. Stars: tuned on SevenNet-0's own outputs", fontsize=12)
-    figure.legend(lines, labels, loc="lower center", ncols=3, fontsize=9.5, frameon=False)
-    figure.tight_layout(rect=(0, 0.02 + 0.045 * -(-len(rows) // 3), 1, 1))
-    figure.savefig(FIGURES / "sevennet_trim.png", dpi=110, facecolor="white")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a smoke run that writes nothing")
@@ -452,7 +423,7 @@ def main() -> None:
     print(f"{results['seconds']:.0f} s")
     if not args.quick:
         write_results("sevennet_trim", results)
-        draw(rows)
+        draw_results("sevennet_trim")
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from ase import Atoms, units
 from ase.md.langevin import Langevin
-from matplotlib.figure import Figure
 
 import common
 import facet
-from common import FIGURES, RESULTS, write_results
+from common import RESULTS, write_results
+from pictures import draw_results
 
 NEAREST = 0.3  # Å
 
@@ -72,21 +72,6 @@ def hot(model: facet.Facet, atoms: Atoms, kelvin: float, picoseconds: float) -> 
             "largest_force_eV_per_A": table[:, 3].tolist(), "energy_eV_per_atom": table[:, 5].tolist()}
 
 
-def draw(content: dict) -> None:
-    """Dimers, temperature and shortest distance of every model."""
-    figure = Figure((11, 3.2 * len(content)), layout="constrained")
-    for row, (name, one) in zip(np.atleast_2d(figure.subplots(len(content), 3)), content.items()):
-        for pair, d in one["curves"].items():
-            row[0].plot(d["r"], d["energy"], linewidth=0.8, label=pair if len(one["curves"]) < 8 else None)
-        row[0].set(title=f"{name}: dimers, {one['scan']['pairs']} pairs", xlabel="r (Å)", ylabel="energy over free atoms (eV)", ylim=(-5, 50), xlim=(0, 4))
-        md = one["hot"]
-        row[1].plot(md["time_ps"], md["temperature_K"], linewidth=0.8)
-        row[1].set(title=f"{md['structure']} at {md['kelvin']:.0f} K", xlabel="time (ps)", ylabel="temperature (K)", ylim=(0, None))
-        row[2].plot(md["time_ps"], md["shortest_distance_A"], linewidth=0.8)
-        row[2].set(title="shortest distance", xlabel="time (ps)", ylabel="Å", ylim=(0, None))
-    figure.savefig(FIGURES / "short_range.png", dpi=100)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
@@ -111,7 +96,7 @@ def main():
     curves = {f"{species[i]}-{species[j]}": {k: np.round(v, 4).tolist() for k, v in dimer(model, i, j).items() if k != "force"} for i, j in some[::1 + len(some) // 30]}
     content[args.name] = {"hardware": common.hardware(), "scan": found, "hot": md, "curves": curves}
     write_results("short_range", {"models": content})
-    draw(content)
+    draw_results("short_range")
 
 
 if __name__ == "__main__":

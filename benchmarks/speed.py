@@ -34,7 +34,7 @@ from itertools import product
 
 import numpy as np
 
-from common import FIGURES, RESULTS, ROOT, write_results
+from common import RESULTS, ROOT, write_results
 
 PYTHONS = {"Facet": "facet", "MACE": "mace", "SevenNet-0": "sevenn", "NequIP": "nequip"}  # the option, by a model's first word
 MODELS = ["Facet", "MACE 128x0e", "MACE 128x0e+128x1o", "MACE 64x0e+64x1o", "SevenNet-0", "NequIP", "NequIP compiled",
@@ -222,34 +222,6 @@ def title(run: dict) -> str:
     return "GPU" if run["device"] == "cuda" else f"{run['threads']} thread{'s' * (run['threads'] > 1)}"
 
 
-def draw(runs: dict, name: str) -> None:
-    """ms of the bare model against atoms, one panel per number of threads, and the training step beside."""
-    from matplotlib.figure import Figure  # late: its memory would count as that of the workers (Linux)
-    chosen = [run for run in runs.values() if run["species"] == 89]
-    figure = Figure((3.8 * len(chosen) + 3.8, 4.6), layout="constrained", facecolor="white")
-    axes = figure.subplots(1, len(chosen) + 1, squeeze=False)[0]
-    names = list(dict.fromkeys(name for run in chosen for row in run["bare"].values() for name in row))
-    colours = {name: "black" if name == "Facet" else f"C{i}" for i, name in enumerate(names)}
-    for axis, run in zip(axes, chosen):
-        sizes = sorted((crystal for crystal in run["bare"] if crystal.startswith("Si")), key=atoms_in)
-        for peer in names:
-            points = [(atoms_in(crystal), run["bare"][crystal][peer]["ms"]) for crystal in sizes if peer in run["bare"][crystal]]
-            if points:
-                axis.loglog(*zip(*points), "o-", color=colours[peer], markersize=4, label=peer,
-                            linewidth=2.5 if peer == "Facet" else 1.3)
-        axis.set(title=f"energy, forces, stress: {title(run)}", xlabel="silicon atoms", ylabel="ms")
-        axis.grid(alpha=0.3)
-    lines = {line.get_label(): line for axis in axes for line in axis.get_lines()}
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4)
-    bars = chosen[0]["train"][STEP]
-    drawn = axes[-1].barh(list(bars), [numbers["ms"] for numbers in bars.values()], color=[colours[peer] for peer in bars])
-    axes[-1].bar_label(drawn, fmt=" {:.0f}")
-    axes[-1].set(title=f"training step: {title(chosen[0])}", xlabel="ms, 4 × 64 silicon atoms", yticks=[])
-    axes[-1].margins(x=0.15)
-    axes[-1].invert_yaxis()
-    figure.savefig(FIGURES / f"{name}.png", dpi=130, facecolor="white")
-
-
 def run_all(args: argparse.Namespace, names: list[str], pythons: dict[str, str], crystals: list[str]) -> dict[str, dict]:
     """Every number of threads, with 89 species and with 4."""
     runs = {}
@@ -300,7 +272,8 @@ def main() -> None:
         memory_settings = {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")}
         write_results(name, {"headline": headline, "environment": PASSIVE | memory_settings, "dtype": "float32", "cutoff_A": 5.0,
                              "seconds": time.perf_counter() - begin, "runs": runs})
-        draw(runs, name)
+        from pictures import draw_results  # late: matplotlib's memory would count as that of the workers (Linux)
+        draw_results(name)
     print(f"{time.perf_counter() - begin:.0f} s")
 
 

@@ -24,9 +24,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from common import FIGURES, RESULTS, ROOT, SETS, write_results
+from common import RESULTS, ROOT, SETS, write_results
+from pictures import draw_results
 
 ERRORS = {"force_mae_eV_per_A": "force MAE (eV/Å)", "energy_mae_meV_per_atom": "energy MAE (meV/atom)"}
 
@@ -94,25 +94,6 @@ def compare(facet: list[dict], mace: dict) -> dict:
     return rows
 
 
-def draw(facet: dict, mace: list[dict]) -> None:
-    """Errors against CPU-seconds, a column per set."""
-    figure = Figure((4.3 * len(facet), 6.4), layout="constrained", facecolor="white")
-    axes = figure.subplots(2, len(facet), squeeze=False, sharex="col")
-    colours = {"MACE 64": "tab:orange", "MACE 128x0e": "tab:red"}
-    for column, (name, runs) in zip(axes.T, facet.items()):
-        for axis, (key, text) in zip(column, ERRORS.items()):
-            for run in (m for m in mace if m["set"] == name):
-                axis.loglog([p["cpu_seconds"] for p in run["curve"][1:]], [p[key] for p in run["curve"][1:]], color=colours.get(run["model"]),
-                            label=run["model"].replace("MACE 64", "MACE 64x0e+64x1o"))
-            axis.loglog([r["cpu_seconds"] for r in runs], [r[key] for r in runs], "o", color="tab:blue", label="Facet, whole trainings")
-            axis.set(ylabel=text)
-            axis.grid(True, which="both", linewidth=0.3)
-        column[0].set_title(name)
-        column[1].set_xlabel("CPU-seconds of training")
-        column[0].legend()
-    figure.savefig(FIGURES / "time_to_accuracy.png", dpi=130)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
@@ -135,7 +116,7 @@ def main():
     print("processor time to MACE's best error")
     headline = {name: row for run in mace if run["set"] in facet for name, row in compare(facet[run["set"]], run).items()}
     write_results("time_to_accuracy", {"threads": 1, "headline": headline, "facet": facet, "mace": mace})
-    draw(facet, mace)
+    draw_results("time_to_accuracy")
 
 
 if __name__ == "__main__":
