@@ -1,9 +1,13 @@
-"""Draw the pictures of the README's tour from the code itself: figures/flow, harmonics, grid, feature, splines, sum_first, drift.png.
+"""Draw the pictures of the README's tour from the code itself, each for light and for dark pages (figures/NAME.png, NAME_dark.png).
 
-    python train_small.py --name emt && python benchmarks/lesson.py --model runs/emt/model.pt        # a minute
+    python train_small.py --name emt && python benchmarks/lesson.py --model runs/emt/model.pt        # two minutes
+    python benchmarks/lesson.py --only grid errors                                                  # some of them
+
+overview, flow, splines, harmonics, grid, sum_first, feature, errors, drift; every number in them is read off a model, or measured.
 """
 import argparse
-from dataclasses import replace
+import json
+from functools import cache
 from pathlib import Path
 
 import ase.build
@@ -13,37 +17,56 @@ import torch
 from ase import Atoms, units
 from ase.md.verlet import VelocityVerlet
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from scipy.spatial.transform import Rotation
 
-import common
+from common import RESULTS, ROOT
+from pictures import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, draw, setting
+
 import facet
-from common import FIGURES
 
-BLUE, ORANGE, GREY = "tab:blue", "tab:orange", "0.6"
-
-
-def save(figure: Figure, name: str) -> None:
-    figure.savefig(FIGURES / f"{name}.png", dpi=110, facecolor="white")
-    print(f"figures/{name}.png")
+VIEW = {"elev": 20, "azim": 30}  # degrees, of every sphere
+GENERIC = 73.0, (0.3, 0.5, 0.8)  # degrees about an axis that is nothing special
 
 
-def sphere(steps: int = 60) -> np.ndarray:
+# ─── Spheres ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def sphere(steps: int = 90) -> np.ndarray:
     """Directions on a net of angles, [steps, 2 steps, 3]."""
     theta, angle = np.meshgrid(np.linspace(0, np.pi, steps), np.linspace(0, 2 * np.pi, 2 * steps), indexing="ij")
     return np.stack([np.sin(theta) * np.cos(angle), np.sin(theta) * np.sin(angle), np.cos(theta)], -1)
 
 
-def draw_function(axis, value: np.ndarray, xyz: np.ndarray, largest: float, lobes: bool) -> None:
-    """A function on the sphere: as colours, or as lobes whose radius is its size."""
-    shade = 0.5 + 0.5 * value / largest
-    place = xyz * (np.abs(value) / largest)[..., None] if lobes else xyz
-    axis.plot_surface(*np.moveaxis(place, -1, 0), facecolors=matplotlib.colormaps["RdBu_r"](shade), rstride=1, cstride=1, shade=lobes)
+def prepare(axis, zoom: float) -> None:
+    axis.view_init(**VIEW)
     axis.set(xlim=(-1, 1), ylim=(-1, 1), zlim=(-1, 1))
-    axis.view_init(20, 30)
-    axis.set_box_aspect((1, 1, 1), zoom=1.5)
+    axis.set_box_aspect((1, 1, 1), zoom=zoom)
     axis.set_axis_off()
+    axis.computed_zorder = False  # what is drawn later lies before
 
+
+def draw_function(axis, value: np.ndarray, xyz: np.ndarray, lobes: bool, zoom: float = 1.5) -> None:
+    """A function on the sphere: red where positive, blue where negative; as colours, or as lobes whose radius is its size."""
+    size = np.abs(value).max()
+    place = xyz * (np.abs(value) / size)[..., None] if lobes else xyz
+    colours = matplotlib.colormaps["RdBu_r"](0.5 + 0.5 * (0.85 if lobes else 1) * value / size)
+    axis.plot_surface(*np.moveaxis(place, -1, 0), facecolors=colours, rstride=1, cstride=1, shade=lobes, linewidth=0, antialiased=False)
+    prepare(axis, zoom)
+
+
+def in_front(points: np.ndarray) -> np.ndarray:
+    """Which of the points [P, 3] the camera sees, [P]."""
+    up, round_ = np.radians(VIEW["elev"]), np.radians(VIEW["azim"])
+    return points @ [np.cos(up) * np.cos(round_), np.cos(up) * np.sin(round_), np.sin(up)] > 0.05
+
+
+def draw_points(axis, degree: int, size: float) -> None:
+    """Points of the Lebedev grid that is exact up to degree."""
+    points = facet.lebedev(degree)[0].numpy()
+    axis.scatter(*1.02 * points[in_front(points)].T, color="black", edgecolors="white", linewidths=0.5, s=size, depthshade=False, zorder=5)
+
+
+# ─── What the model says ──────────────────────────────────────────────────────────────────────────────────────────────
 
 def crystal_of(model: facet.Facet) -> Atoms:
     """Four rattled atoms of as many elements."""
@@ -53,190 +76,281 @@ def crystal_of(model: facet.Facet) -> Atoms:
     return crystal
 
 
-def flow(model: facet.Facet) -> None:
-    """What goes through the network, with the shapes that hooks see."""
-    shapes = {}
-    for t, layer in enumerate(model.layers):
-        for name in ("mix", "grid"):
-            getattr(layer, name).register_forward_hook(lambda _, __, out, key=(t, name): shapes.update({key: tuple(out.shape)}))
-    graph = facet.find_neighbours(crystal_of(model), model.config)
-    batch = facet.make_batch([graph], model.config.cutoff, model.readout.dtype)
+def inside(model: facet.Facet) -> dict[str, torch.Tensor]:
+    """Features in the first layer's grid layer, [M, C] of the first atom: before, u and v as they are multiplied, their product, after."""
+    layer, seen = model.layers[0].grid, {}
+    hook = layer.register_forward_hook(lambda _, inputs, out: seen.update(before=inputs[0][0], after=out[0]))
+    batch = facet.make_batch([facet.find_neighbours(crystal_of(model), model.config)], model.config.cutoff, model.readout.dtype)
     model(batch)
-    (N, K), T = batch.src.shape, model.config.layers
-    figure = Figure((13, 4.4), layout="constrained")
-    axis = figure.add_subplot()
+    hook.remove()
+    u, v = layer.W12(seen["before"][None]).chunk(2, -1)  # 2 × [1, M, C]
+    seen |= {"u": u[0], "v": v[0], "product": layer.from_grid(layer.on_grid(u) * layer.on_grid(v))[0]}
+    return {name: x.detach() for name, x in seen.items()}
 
-    def box(x, y, text, colour, width=1.75, height=1.15):
-        axis.add_patch(FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0.08", facecolor=colour, edgecolor="0.3"))
-        axis.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=8.5)
+
+@cache  # every picture is drawn twice, on light and on dark
+def layer_error(kind: type, L: int, grid_degree: int, degrees: float, axis: tuple[float, float, float]) -> tuple[int, float]:
+    """Points of the grid, and the layer's relative error under a rotation, for random weights and features."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layer = kind(L, facet.Config(("Si",), channels=16, grid_degree=grid_degree)).double().requires_grad_(False)
+    x = torch.randn(50, (L + 1) ** 2, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    R = Rotation.from_rotvec(degrees * np.array(axis) / np.linalg.norm(axis), degrees=True).as_matrix()
+    D = facet.rotation_of_rows(torch.from_numpy(R), L)
+    return len(layer.to_grid), float((D @ layer(x) - layer(D @ x)).norm() / (layer(x) - x).norm())
+
+
+def radial_functions(model: facet.Facet, r: torch.Tensor) -> torch.Tensor:
+    """Of the first layer for l = 1, one per group, [n, B]."""
+    config = model.config
+    return model.splines(r).detach().view(len(r), config.layers, config.groups, config.degree + 1)[:, 0, :, 1]
+
+
+# ─── The pictures, in the order of the tour ───────────────────────────────────────────────────────────────────────────
+
+def overview(figure: Figure, model: facet.Facet) -> None:
+    """Learned splines, one atom's feature with the grid's points, equivariance error against points."""
+    left, right = figure.add_subplot(131), figure.add_subplot(133)
+    r = torch.linspace(model.config.first_knot, model.config.cutoff, 300, dtype=torch.float64)
+    left.plot(r, radial_functions(model, r))
+    left.axhline(0, color=setting("grid.color"), linewidth=0.8, zorder=0)
+    left.set(title="learned splines", xlabel="r (Å)")
+    axis, after = figure.add_subplot(132, projection="3d"), inside(model)["after"]
+    value = facet.harmonics(torch.from_numpy(sphere()), model.config.degree) @ after[:, after[1:].norm(dim=0).argmax()]
+    draw_function(axis, (value - value.mean()).numpy(), sphere(), lobes=False, zoom=1.3)
+    draw_points(axis, 3 * model.config.degree, 20)
+    axis.set_title("a feature on its 26 points")
+    draw_errors(right, (2,))
+    right.set_title("error under rotation")
+
+
+def flow(figure: Figure, model: facet.Facet) -> None:
+    """What goes through the network, with the sizes of this model; the second layer once more, in detail."""
+    axis, layer = figure.add_subplot(), model.layers[1]
+    C, rows, (R, count) = model.config.channels, len(layer.density.degree_of_row), model.splines.coefficients.shape
+    page = setting("axes.facecolor")
+
+    def box(x, y, width, height, text, colour):
+        axis.add_patch(FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0,rounding_size=0.15", facecolor=page, edgecolor=colour, linewidth=1.6))
+        axis.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=8.4, linespacing=1.35)
 
     def arrow(x0, y0, x1, y1):
-        axis.add_patch(FancyArrowPatch((x0, y0), (x1, y1), arrowstyle="-|>", mutation_scale=12, color="0.3"))
-    R, count = model.splines.coefficients.shape
-    box(0, 1.5, f"crystal\n{N} atoms\n{K} neighbours", "#eeeeee")
-    box(2.5, 2.7, f"splines φ\n{R} × {count}\n[{N}, {K}, {count}]", "#d9e8f6")
-    box(2.5, 0.3, f"harmonics Y\n[{N}, {K}, {(model.config.degree + 1) ** 2}]", "#d9e8f6")
-    arrow(1.85, 2.3, 2.4, 3.1)
-    arrow(1.85, 1.8, 2.4, 1.0)
-    for t in range(T):
-        x = 5.1 + 2.5 * t
-        paths = ", ".join(str(Q) for Q in model.layers[t].density.counts)
-        out = shapes[t, "grid"]
-        axis.text(x + 0.9, 4.75, f"layer {t + 1}", ha="center", weight="bold")
-        box(x, 3.4, f"density\n{paths} paths to l = 0 …", "#fde9d3")
-        box(x, 1.9, f"mix + skip\n[{shapes[t, 'mix'][0]}, {shapes[t, 'mix'][1]}, {shapes[t, 'mix'][2]}]", "#fde9d3")
-        box(x, 0.4, f"grid layer, {len(model.layers[t].grid.to_grid)} points\n[{out[0]}, {out[1]}, {out[2]}]", "#fde9d3")
-        arrow(x + 0.9, 3.3, x + 0.9, 3.15)
-        arrow(x + 0.9, 1.8, x + 0.9, 1.65)
-        arrow(x - 0.65, 1.0 if t else 2.1, x - 0.1, 3.6)
-    arrow(5.1 + 2.5 * T - 0.6, 1.0, 5.1 + 2.5 * T - 0.1, 1.0)
-    box(5.1 + 2.5 * T, 0.4, "energy, and by\none gradient\nforces, stress", "#e2f0d9")
-    axis.set(xlim=(-0.2, 7.1 + 2.5 * T), ylim=(0.1, 5.2))
+        axis.add_patch(FancyArrowPatch((x0, y0), (x1, y1), arrowstyle="-|>", mutation_scale=9, color=GREY, linewidth=1.1, shrinkA=0, shrinkB=0))
+
+    def label(x, y, text):
+        axis.text(x, y, text, ha="center", va="bottom", fontsize=8, color=GREY)
+    box(0, 4.9, 1.8, 1.2, "crystal\nN atoms", ORANGE)
+    for y, text in ((6.1, f"splines φ\n{R} × {count} numbers"), (4.95, f"harmonics Y\n{rows} per neighbour"), (3.8, f"embedding\n{C} per species")):
+        box(2.5, y, 2.5, 0.95, text, BLUE)
+        arrow(1.85, 5.5, 2.45, y + 0.47)
+    places = [6.4 + 2.7 * t for t in range(len(model.layers))]
+    axis.plot([5.05, 5.5, 5.5], [6.57, 6.57, 5.42], color=GREY, linewidth=1.1)
+    axis.plot([5.05, 5.5], [5.42, 5.42], color=GREY, linewidth=1.1)
+    axis.plot([5.5, 5.5, places[-1] + 0.75], [6.57, 6.75, 6.75], color=GREY, linewidth=1.1)
+    label((5.5 + places[-1] + 0.75) / 2, 6.85, "the neighbours' distances and directions, the same for every layer")
+    axis.plot([5.05, 5.75, 5.75], [4.27, 4.27, 4.9], color=GREY, linewidth=1.1)
+    arrow(5.75, 4.9, 6.35, 4.9)
+    label(5.8, 3.85, f"[N, 1, {C}]")
+    for t, (x, one) in enumerate(zip(places, model.layers)):
+        box(x, 4.4, 1.5, 1.6, f"layer {t + 1}\n{len(one.density.paths)} paths\n{len(one.grid.to_grid)} points", PURPLE)
+        arrow(x + 0.75, 6.75, x + 0.75, 6.05)
+        arrow(x + 1.55, 4.9, x + 2.65, 4.9)
+        label(x + 2.08, 4.98, f"[N, {one.grid.to_grid.shape[1]}, {C}]")
+    box(places[-1] + 2.7, 4.4, 1.9, 1.6, "energy\n↓ one gradient\nforces, stress", GREEN)
+    for corner, end in ((places[1], 0), (places[1] + 1.5, 16.25)):
+        axis.plot([corner, end], [4.4, 2.95], color=setting("grid.color"), linewidth=1, linestyle="--", zorder=0)
+    shapes = [tuple(W.shape) for W in layer.mix.W]
+    counts, points = ", ".join(map(str, layer.density.counts)), len(layer.grid.to_grid)
+    steps = (("sum over neighbours\nof φ · Y · h", f"[N, {layer.density.G.shape[1]}, {C}]"),
+             (f"couple: {counts}\npaths to l = 0, 1, 2", f"[N, {len(layer.density.G)}, {C}]"),
+             ("mix: a matrix per l\n" + ", ".join(f"{a}×{b}" for a, b in shapes), f"[N, {rows}, {C}]"), ("add the skip\nconnection", f"[N, {rows}, {C}]"),
+             (f"grid: u · v on\n{points} points, back", f"[N, {rows}, {C}]"))
+    widths, x = (3.0, 2.8, 3.3, 2.0, 2.55), 0.0
+    for i, ((text, shape), width) in enumerate(zip(steps, widths)):
+        box(x, 1.3, width, 1.3, text, PURPLE)
+        label(x + width / 2, 0.85, shape)
+        if i:
+            arrow(x - 0.6, 1.95, x - 0.05, 1.95)
+        x += width + 0.65
+    axis.text(0, 2.75, "layer 2, step by step, and what comes out:", fontsize=8.4, color=GREY)
+    axis.set(xlim=(-0.1, 16.5), ylim=(0.6, 7.3))
     axis.set_axis_off()
-    axis.set_title(f"the default model on {N} atoms of {len(model.config.species)} elements; rows beyond {N} are free atoms, one per element")
-    save(figure, "flow")
 
 
-def harmonics() -> None:
-    """Y_lm up to l = 3 as lobes, red positive, blue negative."""
-    xyz, figure = sphere(), Figure((11, 6.4), layout="constrained")
+def splines(figure: Figure, model: facet.Facet) -> None:
+    """The basis; one function as a sum of its splines; how it ends; the functions of a layer before and after training."""
+    config, axes = model.config, figure.subplots(2, 2).flat
+    h = (config.cutoff - config.first_knot) / config.splines
+    r = torch.linspace(max(0.0, config.first_knot - 0.4), config.cutoff + 0.3, 500, dtype=torch.float64, requires_grad=True)
+    basis, x = model.splines.basis(r), r.detach()
+    for k in range(config.splines):
+        axes[0].plot(x, basis[:, k].detach(), linewidth=1, color=BLUE if k % 2 else GREY)
+    axes[0].set(title=f"{config.splines} B-splines, {h:.2f} Å apart")
+    weights = model.splines.coefficients.detach()[:, 1]  # layer 1, group 1, l = 1
+    axes[1].plot(x, (basis * weights).detach(), color=GREY, linewidth=0.8)
+    axes[1].plot(x, (basis @ weights).detach(), color=BLUE, linewidth=2.2)
+    axes[1].set(title="one radial function: their weighted sum")
+    curve, last = basis[:, -1], x > config.cutoff - 5 * h
+    for colour, name, scale in ((BLUE, "value", 1), (ORANGE, "slope", h), (RED, "curvature", h * h)):
+        axes[2].plot(x[last], scale * curve.detach()[last], color=colour, label=name)
+        curve, = torch.autograd.grad(curve.sum(), r, create_graph=True)
+    axes[2].set(title="the last spline: it ends by itself", xlabel="r (Å)")
+    axes[2].legend(loc="lower left")
+    fresh = facet.RadialSplines(config.groups * (config.degree + 1), config).double()
+    before = fresh(x).detach().view(len(r), config.groups, -1)[:, :, 1]
+    for b, (old, new) in enumerate(zip(before.T, radial_functions(model, x).T)):
+        axes[3].plot(x, old, ":", color=f"C{b}", linewidth=0.9)
+        axes[3].plot(x, new, color=f"C{b}", linewidth=1.3)
+    axes[3].set(title="a layer's functions for l = 1 (dotted: untrained)", xlabel="r (Å)")
+    for axis in axes:
+        axis.axvline(config.cutoff, color=GREY, linestyle="--", linewidth=0.8)
+        axis.axhline(0, color=setting("grid.color"), linewidth=0.8, zorder=0)
+    axes[1].annotate("cutoff ", (config.cutoff, 2.6), ha="right", color=GREY)
+
+
+def harmonics(figure: Figure) -> None:
+    """Y_lm up to l = 3 as lobes."""
+    xyz = sphere(60)
     Y = facet.harmonics(torch.from_numpy(xyz), 3).numpy()
     for l in range(4):
         for m in range(-l, l + 1):
             axis = figure.add_subplot(4, 7, 7 * l + 4 + m, projection="3d")
-            draw_function(axis, Y[..., l * l + l + m], xyz, np.abs(Y[..., l * l + l + m]).max(), lobes=True)
-            axis.set_title(f"l = {l}, m = {m}", fontsize=8, y=1.0)
-    save(figure, "harmonics")
+            draw_function(axis, Y[..., l * l + l + m], xyz, lobes=True, zoom=1.5 if l else 0.9)
+            axis.set_title(f"l = {l}, m = {m}".replace("-", "−"), fontsize=9, y=1.02)
 
 
-def grid() -> None:
-    """The 26 points, and what rotations about an axis of the grid can tell."""
+def grid(figure: Figure) -> None:
+    """The 26 points, their weights, and the rotations that cannot tell a good layer from a bad one."""
     points, weights = (x.numpy() for x in facet.lebedev(6))
-    figure = Figure((11, 4.2), layout="constrained")
+    axes = {"a 4-fold axis": ((0, 0, 1), RED), "a 3-fold axis": ((1, 1, 1), GREEN), "a 2-fold axis": ((0, 1, 1), PURPLE)}
     axis = figure.add_subplot(121, projection="3d")
-    axis.computed_zorder = False
-    axis.plot_surface(*np.moveaxis(0.98 * sphere(), -1, 0), color="0.93", shade=False, zorder=1)
-    view = np.array([np.cos(np.radians(20)) * np.cos(np.radians(30)), np.cos(np.radians(20)) * np.sin(np.radians(30)), np.sin(np.radians(20))])
-    front = points @ view > 0.05
-    axis.scatter(*points[front].T, s=6000 * weights[front], c=weights[front], cmap="viridis", depthshade=False, zorder=3)
-    for direction, colour in (([1, 0, 0], "tab:red"), ([0, 1, 0], "tab:red"), ([0, 0, 1], "tab:red"), ([1, 1, 1], "tab:green"), ([1, 1, 0], "tab:purple")):
+    axis.plot_surface(*np.moveaxis(0.98 * sphere(40), -1, 0), color=setting("grid.color"), shade=False, antialiased=False)
+    prepare(axis, 1.25)
+    for weight, colour in zip(sorted(set(weights.round(12))), (GREEN, PURPLE, RED)):
+        alike = np.isclose(weights, weight)
+        shown = points[alike & in_front(points)]
+        axis.scatter(*shown.T, s=5000 * weight, color=colour, depthshade=False, zorder=4, label=f"{alike.sum()} points of weight {weight:.4f}")
+    for direction, colour in axes.values():
         end = np.array(direction) / np.linalg.norm(direction)
-        axis.plot(*np.stack([end, 1.5 * end], 1), color=colour, linewidth=2, zorder=2)
-    axis.view_init(20, 30)
-    axis.set(xlim=(-1, 1), ylim=(-1, 1), zlim=(-1, 1))
-    axis.set_box_aspect((1, 1, 1), zoom=1.35)
-    axis.set_axis_off()
-    axis.set_title("26 points, sized by weight; axes of order 4, 3 and 2")
+        axis.plot(*np.stack([end, 1.45 * end], 1), color=colour, linewidth=2, zorder=3)
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, 0.03), frameon=False, markerscale=0.5)
+    axis.set_title("26 points; an axis of each kind")
     curve, angles = figure.add_subplot(122), np.arange(0, 181, 3)
-    x = torch.randn(50, 9, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    for kind, colour, name in ((facet.SiluGrid, ORANGE, "SiLU, 26 points"), (facet.ProductGrid, BLUE, "product, 26 points")):
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            layer = kind(2, facet.Config(("Si",), channels=16, grid_degree=6)).double().requires_grad_(False)
-        for about, style in (([0, 0, 1], "-"), ([0.3, 0.5, 0.8], "--")):
-            error = []
-            for angle in angles:
-                R = Rotation.from_rotvec(np.radians(angle) * np.array(about) / np.linalg.norm(about)).as_matrix()
-                D = facet.rotation_of_rows(torch.from_numpy(R), 2)
-                error.append(float((D @ layer(x) - layer(D @ x)).norm() / (layer(x) - x).norm()))
-            curve.semilogy(angles, np.maximum(error, 1e-17), style, color=colour, label=f"{name}, about {'z' if about[2] == 1 else 'a generic axis'}")
-    curve.set(title="error under rotation: 90° about z shows nothing", xlabel="angle (°)", ylabel="relative error", xticks=range(0, 181, 30))
-    curve.legend(fontsize="small", loc="center right")
-    save(figure, "grid")
+    for name, (about, colour) in {**axes, "no such axis": (GENERIC[1], ORANGE)}.items():
+        error = [layer_error(facet.SiluGrid, 2, 6, float(angle), about)[1] for angle in angles]
+        curve.semilogy(angles, np.maximum(error, 1e-17), color=colour, label=f"SiLU, about {name}")
+    error = [layer_error(facet.ProductGrid, 2, 6, float(angle), GENERIC[1])[1] for angle in angles]
+    curve.semilogy(angles, np.maximum(error, 1e-17), color=BLUE, linewidth=2.2, label="product, about no such axis")
+    curve.set(title="error on this grid under rotation", xlabel="angle (°)", ylabel="relative error", xticks=range(0, 181, 30))
+    curve.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, frameon=False, columnspacing=1)
 
 
-def feature(model: facet.Facet) -> None:
-    """One channel of one atom before and after the first grid layer, as a function on the sphere."""
-    seen = []
-    model.layers[0].grid.register_forward_hook(lambda _, inputs, out: seen.append((inputs[0].detach(), out.detach())))
-    model(facet.make_batch([facet.find_neighbours(crystal_of(model), model.config)], model.config.cutoff, model.readout.dtype))
-    before, after = (x[0] for x in seen[0])  # [M, C]
-    channel = int((after - before)[1:].norm(dim=0).argmax())
-    xyz, figure = sphere(), Figure((11, 3.6), layout="constrained")
-    Y = facet.harmonics(torch.from_numpy(xyz), model.config.degree)
-    values = [(Y @ x[:, channel]).numpy() for x in (before, after, after - before)]
-    for i, (value, title) in enumerate(zip(values, ("before the grid layer", "after", "what the layer added"))):
-        axis = figure.add_subplot(1, 3, i + 1, projection="3d")
-        draw_function(axis, value, xyz, max(np.abs(v).max() for v in values), lobes=False)
-        axis.set_title(title)
-    save(figure, "feature")
-
-
-def splines(model: facet.Facet) -> None:
-    """The basis, one function as a sum of its splines, and all functions of a layer before and after training."""
-    config, figure = model.config, Figure((11, 3.4), layout="constrained")
-    axes = figure.subplots(1, 3)
-    r = torch.linspace(max(0.0, config.first_knot - 0.5), config.cutoff + 0.3, 400, dtype=torch.float64)
-    basis = model.splines.double().basis(r)
-    axes[0].plot(r, basis, linewidth=0.9)
-    axes[0].axvline(config.cutoff, color=GREY, linestyle=":")
-    axes[0].set(title=f"{config.splines} B-splines, 0 at the cutoff", xlabel="r (Å)")
-    weights = model.splines.coefficients.detach().double()
-    axes[1].plot(r, basis * weights[:, 1], color=GREY, linewidth=0.7)
-    axes[1].plot(r, basis @ weights[:, 1], color=BLUE)
-    axes[1].set(title="one function: their weighted sum", xlabel="r (Å)")
-    L, B = config.degree, config.groups
-    start = facet.RadialSplines(B * (L + 1), config).double()
-    axes[2].plot(r, start(r).detach().view(len(r), B, L + 1)[:, :, 1], color="0.8", linewidth=0.9)
-    axes[2].plot(r, (basis @ weights).view(len(r), -1, B, L + 1)[:, 0, :, 1], linewidth=1.1)
-    axes[2].set(title="layer 1, l = 1 (grey: untrained)", xlabel="r (Å)")
-    save(figure, "splines")
-
-
-def sum_first(model: facet.Facet) -> None:
-    """Numbers stored and multiplications of one full layer, per atom, edge by edge and neighbours first."""
-    config, K, figure = model.config, 46, Figure((11, 3.2), layout="constrained")
-    L, C, B = config.degree, config.channels, config.groups
+def sum_first(figure: Figure) -> None:
+    """What both orders of summation store and multiply in one layer, and what they take, from benchmarks/results/density.json."""
+    results = json.loads((RESULTS / "density.json").read_text())
+    config = facet.Config(("Si",), channels=64)
+    L, C, K = config.degree, config.channels, round(results["mean_neighbours"])
     M, density = (L + 1) ** 2, facet.Density(L, L, config)
-    nonzero, out = int((density.G != 0).sum()), len(density.G)  # coupling coefficients; rows (path, m3)
-    rows = {"edge by edge": (K * out * C, K * nonzero * C * 2), "neighbours first": (M * M * C, K * M * M * C + out * M * M * C)}
-    for axis, column, title in zip(figure.subplots(1, 2), (0, 1), (
-            "largest tensor, numbers per atom", "multiplications per atom, forward")):
-        axis.barh(list(rows), [row[column] for row in rows.values()], color=[ORANGE, BLUE])
-        axis.set_title(title)
-        for y, row in enumerate(rows.values()):
-            axis.text(row[column], y, f" {row[column]:,}", va="center")
-        axis.set_xlim(0, 1.3 * max(row[column] for row in rows.values()))
-    figure.suptitle(f"one layer: L = {L}, {C} channels, {B} groups, {K} neighbours, {len(density.paths)} paths. Neighbours first multiplies "
-                    "as dense matrix products", fontsize=10)
-    save(figure, "sum_first")
+    out, couplings = len(density.G), int((density.G != 0).sum())  # rows (path, m3); coefficients that are not zero
+    layer = results["threads"]["1"]["layer"]
+    panels = {"largest tensor, numbers per atom": (K * out * C, M * M * C), "multiplications per atom": (2 * K * couplings * C, K * M * M * C + out * M * M * C),
+              "ms, energy and forces": [layer["energy+forces"][name] for name in ("edge_wise_ms", "density_ms")],
+              "ms, training step": [layer["training step"][name] for name in ("edge_wise_ms", "density_ms")]}
+    left, *axes = figure.subplot_mosaic([["shapes", name] for name in "abcd"], width_ratios=(1, 1.2)).values()
+    for x, width, height, text, colour in ((0, K, out, f"edge by edge\n{K} neighbours\n× {out} (path, m)", ORANGE),
+                                           (75, M, M, f"neighbours first\n{M} × {M} (m, m')", BLUE)):
+        left.add_patch(Rectangle((x, 0), width, height, color=colour))
+        left.text(x, -3, text, va="top", fontsize=9)
+    left.set(xlim=(-2, 110), ylim=(-35, 50), aspect="equal", title="what is stored, to scale, per channel")
+    left.set_axis_off()
+    for axis, (title, values) in zip(axes, panels.items()):
+        bars = axis.barh([1, 0], values, color=[ORANGE, BLUE], height=0.8)
+        axis.bar_label(bars, [f" {value:,.0f}" for value in values])
+        axis.set_title(title, fontsize=10, loc="left")
+        axis.set(yticks=[], xticks=[], xlim=(0, 1.25 * max(values)))
+        axis.spines[:].set_visible(False)
 
 
-class Careless(facet.FacetCalculator):
-    """Forces that are off by 1 %, differently each time."""
+def feature(figure: Figure, model: facet.Facet) -> None:
+    """What the grid layer does to one channel of one atom, as functions on the sphere."""
+    seen, xyz = inside(model), sphere()
+    Y = facet.harmonics(torch.from_numpy(xyz), model.config.degree)
+    def roundness(x): return x[0].abs() / x[1:].norm(dim=0)
+    channel = int(sum(roundness(seen[name]) for name in ("u", "v", "product")).argmin())  # the one with most to see
+    changed = int(roundness(seen["before"]).argmin())
+    for i, (name, c, title) in enumerate((("before", changed, "feature x"), ("u", channel, "u = x W₁"), ("v", channel, "v = x W₂"),
+                                          ("product", channel, "u · v, projected"), ("after", changed, "x + (σ · u v) W₃"))):
+        axis = figure.add_subplot(1, 5, i + 1, projection="3d")
+        draw_function(axis, (Y @ seen[name][:, c]).numpy(), xyz, lobes=False, zoom=1.45)
+        if name in "uv":
+            draw_points(axis, 3 * model.config.degree, 8)
+        axis.set_title(title, fontsize=10)
+
+
+def draw_errors(axis, degrees: tuple[int, ...]) -> None:
+    """Error of both grid layers under a generic rotation against points of the grid, one line per degree L of the features."""
+    for kind, colour, name in ((facet.SiluGrid, ORANGE, "SiLU (paper)"), (facet.ProductGrid, BLUE, "product")):
+        for L, line in zip(degrees, ("-", "--", ":")):
+            points, error = zip(*[layer_error(kind, L, exact, *GENERIC) for exact in (3, *range(5, 30, 2))])
+            axis.loglog(points, error, line, marker="o", color=colour, markersize=3.5, label=name + f", L = {L}" * (len(degrees) > 1))
+    axis.set(xlabel="grid points", xticks=[6, 14, 26, 50, 86, 146, 302], xticklabels=["6", "14", "26", "50", "86", "146", "302"])
+    axis.minorticks_off()
+    axis.legend()
+
+
+def errors(figure: Figure) -> None:
+    """Error under rotation against grid points, for L = 1, 2, 3."""
+    axis = figure.add_subplot()
+    draw_errors(axis, (1, 2, 3))
+    axis.set(title="error of a grid layer under a generic rotation, random weights", ylabel="relative error")
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.grid(linewidth=0.5)
+
+
+class Turned(facet.FacetCalculator):
+    """Forces turned about z by 0.57°: wrong by one percent, and not the gradient of anything."""
 
     def calculate(self, *arguments):
         super().calculate(*arguments)
-        self.results["forces"] = self.results["forces"] * (1 + 0.01 * np.random.default_rng(int(1e6 * self.results["energy"]) % 2 ** 31).normal(size=(len(self.atoms), 3)))
+        x, y, z = self.results["forces"].T
+        self.results["forces"] = np.stack([x - 0.01 * y, y + 0.01 * x, z], 1)
 
 
-def drift(model: facet.Facet) -> None:
+@cache
+def total_energy(calculator: type, model: facet.Facet) -> tuple[np.ndarray, np.ndarray]:
+    """Molecular dynamics of copper: ps, and the change of the total energy in meV/atom."""
+    atoms = ase.build.bulk("Cu", cubic=True, a=3.65) * (2, 2, 2)
+    atoms.calc = calculator(model)
+    atoms.set_velocities(np.random.default_rng(0).normal(size=(32, 3)) * np.sqrt(600 * units.kB / atoms.get_masses())[:, None])
+    dynamics, energy = VelocityVerlet(atoms, 2 * units.fs), []
+    dynamics.attach(lambda: energy.append(1000 * atoms.get_total_energy() / len(atoms)))
+    dynamics.run(2000)
+    return 0.002 * np.arange(len(energy)), np.array(energy) - energy[0]
+
+
+def drift(figure: Figure, model: facet.Facet) -> None:
     """Total energy in molecular dynamics: forces that are the gradient of the energy, and forces that are not quite."""
-    figure = Figure((11, 3.2), layout="constrained")
     axis = figure.add_subplot()
-    for calculator, colour, name in ((Careless, ORANGE, "forces off by 1 %, at random"), (facet.FacetCalculator, BLUE, "forces = −gradient of the energy")):
-        atoms = ase.build.bulk("Cu", cubic=True, a=3.65) * (2, 2, 2)
-        atoms.calc = calculator(model)
-        atoms.set_velocities(np.random.default_rng(0).normal(size=(32, 3)) * np.sqrt(600 * units.kB / atoms.get_masses())[:, None])
-        dynamics, energy = VelocityVerlet(atoms, 2 * units.fs), []
-        dynamics.attach(lambda: energy.append(1000 * atoms.get_total_energy() / len(atoms)))
-        dynamics.run(1000)
-        time_ps = 0.002 * np.arange(len(energy))
-        axis.plot(time_ps, np.array(energy) - energy[0], color=colour, label=f"{name}: {np.polyfit(time_ps, energy, 1)[0]:.2g} meV/atom/ps")
-    axis.set(title="32 copper atoms, 300 K, steps of 2 fs", xlabel="time (ps)", ylabel="total energy (meV/atom)")
+    for calculator, colour, name in ((Turned, ORANGE, "forces turned by 0.6°, an error of 1 %"), (facet.FacetCalculator, BLUE, "forces = −gradient of the energy")):
+        ps, energy = total_energy(calculator, model)
+        axis.plot(ps, energy, color=colour, label=f"{name}: {np.polyfit(ps, energy, 1)[0]:.1g} meV/atom/ps")
+    axis.set(title="32 copper atoms, 300 K, steps of 2 fs", xlabel="time (ps)", ylabel="change of energy (meV/atom)")
+    axis.grid(linewidth=0.5)
     axis.legend()
-    save(figure, "drift")
+
+
+PICTURES = {overview: 3.0, flow: 4.1, splines: 4.8, harmonics: 5.2, grid: 4.1, sum_first: 3.2, feature: 2.2, errors: 3.2, drift: 2.9}  # heights
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=common.ROOT / "runs" / "emt" / "model.pt")
-    path = parser.parse_args().model
-    FIGURES.mkdir(exist_ok=True)
-    harmonics()
-    grid()
-    for draw in (flow, feature, splines, sum_first, drift):
-        draw(facet.load(path, dtype=torch.float64).requires_grad_(False))
+    parser.add_argument("--model", type=Path, default=ROOT / "runs" / "emt" / "model.pt")
+    parser.add_argument("--only", nargs="+", choices=[paint.__name__ for paint in PICTURES])
+    args = parser.parse_args()
+    for paint, height in PICTURES.items():
+        if not args.only or paint.__name__ in args.only:
+            needs_model = "model" in paint.__annotations__
+            draw(paint.__name__, height, paint, *[facet.load(args.model, dtype=torch.float64).requires_grad_(False)] * needs_model)
 
 
 if __name__ == "__main__":
