@@ -763,7 +763,7 @@ def random_alloy(atoms: int, seed: int = 0) -> ase.Atoms:
 
 def self_check() -> None:
     """Print what a reader who changed the file wants to know, within seconds."""
-    print(f"Facet on CPU, {torch.get_num_threads()} threads, torch {torch.__version__}; float64 but for the speed")
+    print(f"Facet on CPU, threads: {torch.get_num_threads()}, torch {torch.__version__}; float64 but for the speed")
     torch.manual_seed(0)
     R = -np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]  # generic, improper: multiples of 90° prove nothing
     D, x = rotation_of_rows(torch.from_numpy(R), 2), torch.randn(50, 9, 16, dtype=torch.float64)

@@ -493,3 +493,6 @@ def test_readme_tells_other_sizes_or_forgets_an_exercise():
     assert [tuple(map(int, numbers)) for numbers in told] == [(N, size, N) for N, size in sizes.items()]
     assert {int(N): int(size) for N, size in re.findall(r"(?m)^\| (\d+) \|.*\| (\d+) \|$", text)} == sizes
     assert max(sizes[N] for N in (1, 3, 6, 7)) <= 15
+    told = re.search(r"another radial\s+basis takes (\d+)\s+changed\s+lines, a\s+third\s+activation\s+(\d+), a\s+scalar\s+for\s+every\s+atom, "
+                     r"up\s+to\s+ASE, (\d+), a\s+vector\s+for\s+every\s+atom\s+(\d+)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert told and tuple(map(int, told.groups())) == tuple(sizes[N] for N in (1, 3, 6, 7))
