@@ -68,8 +68,8 @@ class Config:
     channels: int = 32                 # C; the width, cost grows about linearly up to 64
     layers: int = 3                    # T; the first takes scalars, the last gives scalars: 3 holds one full layer
     groups: int = 8                    # B; channels of a group share radial functions, one per harmonic degree
-    splines: int = 24                  # R; B-splines per radial function, 0.24 Å apart by default
-    first_knot: float = 0.0            # Å; where the radial axis begins, best just below the shortest distance
+    splines: int = 24                  # R; B-splines per radial function, 0.21 Å apart by default
+    first_knot: float = 0.0            # Å; where the radial axis begins, best below the shortest distance
     activation: str = "product"        # of the grid layer: "product" (exactly equivariant) or "silu" (the paper's)
     grid_degree: int = 0               # that the grid integrates exactly; 0: 3L for product (less is not exact), 15 for silu
     mean_neighbours: float = 30.0      # of the training set; sums over neighbours are divided by its root
@@ -312,7 +312,7 @@ def gaunt(l1: int, l2: int, l3: int) -> Tensor:
         G[m1, m2, m3] = mean over the sphere of Y_l1m1 Y_l2m2 Y_l3m3, scaled so that Σ G² over m1, m2 is 1 for every m3
 
     The scale lets independent inputs of unit variance give an output of unit variance. The integrand is a polynomial of
-    degree l1 + l2 + l3, so the Lebedev rule makes no error. For odd l1 + l2 + l3 the integral is 0: see "parity".
+    degree l1 + l2 + l3, so the Lebedev rule makes no error. For odd l1 + l2 + l3 it is 0 (see "parity"), and G nan.
     """
     points, weights = lebedev(l1 + l2 + l3)
     Y = harmonics(points, max(l1, l2, l3))  # [P, M]
@@ -392,7 +392,7 @@ class Density(nn.Module):
 
         A[i,p,m3,bc] = Σ_j φ_b,l2(r_ij) Σ_m1,m2 G[m1,m2,m3] Y_l2m2(r̂_ij) h[j,l1m1,bc] / √mean_neighbours
 
-    Read as written, this makes a tensor of edges × paths × channels, and everyone evaluates it so, because their radial
+    Read as written, this makes a tensor of edges × paths × channels, and most codes evaluate it so, because their radial
     functions differ from channel to channel. Ours are shared by the C/B channels of a group and G knows no j, so the sum
     over neighbours goes first and the coupling is done once per atom, not once per edge:
 
@@ -477,7 +477,7 @@ class GridLayer(nn.Module):
     x[i, lm, c] are the coefficients of a function on the sphere, g(Ω, c) = Σ_lm Y_lm(Ω) x[lm, c]. Rotating x rotates g,
     and whatever is done point by point commutes with that. So: evaluate g on the points of a Lebedev grid, apply the same
     network to the channels at every point, project back with f[lm] = Σ_p weight_p Y_lm(Ω_p) f(Ω_p).
-    A grid has no rotation symmetry of its own: what it integrates exactly is equivariant exactly, the rest approximately.
+    A grid has only the symmetry of a cube: what it integrates exactly is equivariant exactly, the rest approximately.
     """
     least_degree: float  # of the rule, over L
 

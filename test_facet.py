@@ -1586,7 +1586,8 @@ def test_readme_links_lead_nowhere():
             assert "://" in file or path.exists(), f"{page}: {target}"
             if re.fullmatch(r"L\d+", place):
                 line = path.read_text(encoding="utf-8").splitlines()[int(place[1:]) - 1]
-                assert line.startswith(f"# ─── {words} ") or place == "L1", f"{page}: {target} is not {words}, but {line}"
+                named = line.startswith((f"# ─── {words} ", f"class {words.strip('`')}("))
+                assert named or place == "L1", f"{page}: {target} is not {words}, but {line}"
             elif place and "://" not in file:
                 assert place in anchors(path), f"{page}: {target}"
 

@@ -140,17 +140,16 @@ def flow(figure: Figure, model: facet.Facet) -> None:
     def label(x, y, text):
         axis.text(x, y, text, ha="center", va="bottom", fontsize=8, color=GREY)
     box(0, 4.9, 1.8, 1.2, "crystal\nN atoms", ORANGE)
-    for y, text in ((6.1, f"splines φ\n{R} × {count} numbers"), (4.95, f"harmonics Y\n{rows} per neighbour"), (3.8, f"embedding\n{C} per species")):
+    for y, text in ((6.1, f"{count} splines φ\nof {R} numbers"), (4.95, f"harmonics Y\n{rows} per neighbour"), (3.8, f"embedded species\n[N, 1, {C}]")):
         box(2.5, y, 2.5, 0.95, text, BLUE)
         arrow(1.85, 5.5, 2.45, y + 0.47)
     places = [6.4 + 2.7 * t for t in range(len(model.layers))]
     axis.plot([5.05, 5.5, 5.5], [6.57, 6.57, 5.42], color=GREY, linewidth=1.1)
     axis.plot([5.05, 5.5], [5.42, 5.42], color=GREY, linewidth=1.1)
     axis.plot([5.5, 5.5, places[-1] + 0.75], [6.57, 6.75, 6.75], color=GREY, linewidth=1.1)
-    label((5.5 + places[-1] + 0.75) / 2, 6.85, "the neighbours' distances and directions, the same for every layer")
+    label((5.5 + places[-1] + 0.75) / 2, 6.85, "φ: other functions for each layer; Y: the same for all")
     axis.plot([5.05, 5.75, 5.75], [4.27, 4.27, 4.9], color=GREY, linewidth=1.1)
     arrow(5.75, 4.9, 6.35, 4.9)
-    label(5.8, 3.85, f"[N, 1, {C}]")
     for t, (x, one) in enumerate(zip(places, model.layers)):
         box(x, 4.4, 1.5, 1.6, f"layer {t + 1}\n{len(one.density.paths)} paths\n{len(one.grid.to_grid)} points", PURPLE)
         arrow(x + 0.75, 6.75, x + 0.75, 6.05)
@@ -277,9 +276,11 @@ def feature(figure: Figure, model: facet.Facet) -> None:
     Y = facet.harmonics(torch.from_numpy(xyz), model.config.degree)
     def roundness(x): return x[0].abs() / x[1:].norm(dim=0)
     channel = int(sum(roundness(seen[name]) for name in ("u", "v", "product")).argmin())  # the one with most to see
-    changed = int(roundness(seen["before"]).argmin())
-    for i, (name, c, title) in enumerate((("before", changed, "feature x"), ("u", channel, "u = x W₁"), ("v", channel, "v = x W₂"),
-                                          ("product", channel, "u · v, projected"), ("after", changed, "x + (σ · u v) W₃"))):
+    before, after = seen["before"][1:], seen["after"][1:]
+    clear = roundness(seen["before"]) < roundness(seen["before"]).median()
+    changed = int(torch.where(clear, torch.cosine_similarity(before, after, dim=0), 1.0).argmin())
+    for i, (name, c, title) in enumerate((("before", changed, "before"), ("u", channel, "u = x W₁"), ("v", channel, "v = x W₂"),
+                                          ("product", channel, "u · v, projected"), ("after", changed, "after: x + f"))):
         axis = figure.add_subplot(1, 5, i + 1, projection="3d")
         draw_function(axis, (Y @ seen[name][:, c]).numpy(), xyz, lobes=False, zoom=1.45)
         if name in "uv":

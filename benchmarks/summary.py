@@ -61,8 +61,9 @@ def beside_peers() -> list[str]:
     for what, whom, script, after, *entries in PEERS:
         table, cells = goals(script), []
         for name, text in entries:
-            value, missed = table[name]["value"], not table[name]["reached"]
-            cells.append(("never" if value is None else text.format(value)) + f" (wanted: {table[name]['goal']})" * missed)
+            value, words = table[name]["value"], table[name]["goal"].split()
+            wanted = " ".join([*words[:2], text.format(float(words[2]))])
+            cells.append(("never" if value is None else text.format(value)) + f" (wanted: {wanted})" * (not table[name]["reached"]))
         lines.append(f"| {what} | {whom} | {' · '.join(cells)}{after} | [{script}.py](benchmarks/{script}.py) |")
     return lines
 
