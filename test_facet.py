@@ -16,7 +16,6 @@ import json
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -1593,14 +1592,16 @@ def test_readme_links_lead_nowhere():
 
 
 def test_readme_pictures_are_missing_or_have_no_words():
-    """Each picture is there for light and dark pages, has an alternative text, and its script is named; no file is left over."""
+    """Each picture is there for light and dark pages and has an alternative text; none is left over (of scripts that came with it)."""
     text = PAGES[0].read_text(encoding="utf-8")
     pictures = re.findall(r'<picture><source media="\(prefers-color-scheme: dark\)" srcset="figures/(\w+)_dark.png"><img src="figures/(\w+).png" alt="(.+?)"></picture>', text)
     assert len(pictures) == text.count("<img") == text.count("<picture>") > 10
     for dark, light, words in pictures:
         assert dark == light and len(words) > 20, (dark, light, words)
-    names = {light for _, light, _ in pictures}
-    assert {path.stem for path in (HERE / "figures").iterdir()} == names | {f"{name}_dark" for name in names}
+    names, there = {light for _, light, _ in pictures}, {path.stem for path in (HERE / "figures").glob("*.png")}
+    assert names | {f"{name}_dark" for name in names} <= there
+    mine = subprocess.run(["git", "ls-files", "figures"], cwd=HERE, capture_output=True, text=True).stdout.split()  # empty without git
+    assert {Path(file).stem.removesuffix("_dark") for file in mine} <= names
 
 
 def test_readme_names_a_function_that_does_not_exist():
@@ -1614,20 +1615,26 @@ def test_readme_names_a_function_that_does_not_exist():
 
 
 def test_readme_numbers_are_not_those_measured():
-    """Every row of the accuracy table is what benchmarks/accuracy.py wrote, the other tables what benchmarks/summary.py prints."""
-    sets = json.loads((HERE / "benchmarks" / "results" / "accuracy.json").read_text())["sets"]
+    """The accuracy table is what benchmarks/accuracy.py wrote, other tables what summary.py prints, captions what the results say."""
+    results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (HERE / "benchmarks" / "results").glob("*.json")}
+    assert all({"hardware", "versions", "command"} <= run.keys() for content in results.values() for run in content["made"] or [{}])
     text = PAGES[0].read_text(encoding="utf-8")
-    for name, content in sets.items():
-        s = content["summary"]
-        energy, force = s["energy_mae_meV_per_atom"], s["force_mae_eV_per_A"]
+    for name, content in results["accuracy"]["sets"].items():
         row = next(line for line in text.splitlines() if line.startswith(f"| {name} "))
-        spread = len(content["runs"]) > 1
-        assert (f"{energy['mean']:.2f}" + (f" ± {energy['std']:.2f}" if spread else "")) in row, row
-        assert (f"{force['mean']:.4f}" + (f" ± {force['std']:.4f}" if spread else "")) in row, row
-    tables = subprocess.run([sys.executable, HERE / "benchmarks" / "summary.py"], capture_output=True, text=True, check=True).stdout.split("\n\n")
+        for key, digits in {"energy_mae_meV_per_atom": 2, "force_mae_eV_per_A": 4, "stress_mae_GPa": 2}.items():
+            mean, std = content["summary"][key].values()
+            assert f"| {mean:.{digits}f}" + f" ± {std:.{digits}f}" * (len(content["runs"]) > 1) + " |" in row, row
+        assert f"| {round(np.mean([run['steps'] for run in content['runs']]))} |" in row, row
+    done = subprocess.run([sys.executable, HERE / "benchmarks" / "summary.py"], capture_output=True, encoding="utf-8", check=True)
+    tables = done.stdout.split("\n\n")
     assert len(tables) == 3
     for table, page in zip(tables, (PAGES[0], PAGES[0], PAGES[1])):
-        assert len(table.splitlines()) > 5 and table.strip() in page.read_text(encoding="utf-8"), f"run benchmarks/summary.py for {page}"
+        assert len(table.splitlines()) > 5 and table.strip() in page.read_text(encoding="utf-8"), "run benchmarks/summary.py --write"
+    assert f"Relaxation of {len(results['relax']['relaxations'])} crystals" in text
+    silicon = results["ablations"]["answers"]["Si"]
+    worse, mlp = silicon["linear only"]["steps"], silicon["MLP, edge-wise"]
+    assert f"by {1000 * worse['difference']:.0f} ± {1000 * worse['spread']:.0f} meV/Å" in text
+    assert round(1 / mlp["step"], 1) == 0.5 and round(1 / mlp["memory"], 1) == 0.2 and round(silicon["tensor product"]["step"], 1) == 1.1
 
 
 def test_self_check_prints_an_error_or_not_what_the_readme_says():
@@ -1643,7 +1650,11 @@ def test_self_check_prints_an_error_or_not_what_the_readme_says():
     def words(text):
         """All but the numbers that depend on rounding and on the machine."""
         return [re.sub(r"\s+", " ", re.sub(r"\d+\.\d\S*|threads: \d+|torch \S+", "…", line)).strip() for line in text.strip().splitlines()]
+
+    def moments(text):
+        return np.array([float(x) for line in re.findall(r"(?m)^    \w+ +(.*)$", text) for x in line.split()])
     assert words(done.stdout) == words(told)
+    assert len(moments(told)) == 21 and np.allclose(moments(done.stdout), moments(told), atol=0.02)
 
 
 # ─── Planted bugs ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -22,8 +22,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from common import RESULTS, SETS, each_layer, in_turn, silicon, write_results
+from common import SETS, each_layer, in_turn, read_results, silicon, write_results
 from density import EdgeWiseDensity
 
 import facet
@@ -528,8 +528,7 @@ def main() -> None:
     parser.add_argument("--draw", action="store_true", help="train nothing")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    path = RESULTS / "ablations.json"
-    content = json.loads(path.read_text()) if path.exists() else {"runs": []}
+    content = {"runs": []} | read_results("ablations")
     names = [name for name, v in VARIANTS.items() if not args.only or v.group in (*args.only, "default")]
     if args.timings:
         content["timings"] = measure(args, list(VARIANTS))
@@ -542,9 +541,11 @@ def main() -> None:
     summary = summarize(args, names, content["runs"], rows)
     print_table(summary, rows)
     picture = {key: picture_of(variants, rows, key) for key, variants in summary.items()}
-    write_results("ablations", content | {"steps": args.steps, "summary": summary, "answers": answers(summary, rows), "picture": picture})
-    if content["runs"]:
-        draw_results("ablations")
+    if not any(one["front"] for one in picture.values()):
+        sys.exit("nothing has been trained with these --sets, --steps and --batch_atoms: the results stay as they are")
+    found = {"steps": args.steps, "summary": summary, "answers": answers(summary, rows), "picture": {k: one for k, one in picture.items() if one["front"]}}
+    write_results("ablations", content | found, measured=not args.draw)
+    draw_results("ablations")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import ROOT, SETS, hardware
+from common import ROOT, SETS, write_results
 
 SHOWN = {"energy_mae_meV_per_atom": "energy MAE (meV/atom)", "force_mae_eV_per_A": "force MAE (eV/Å)",
          "stress_mae_GPa": "stress MAE (GPa)", "train_seconds": "training (s)", "steps": "steps"}
@@ -59,15 +59,13 @@ def main():
     parser.add_argument("--parallel", type=int, default=1)
     args, more = parser.parse_known_args()  # what this script does not know goes to train_small.py
     jobs = [(name, seed) for seed in range(args.seeds) for name in args.sets if name != "crystals" or seed == 0]
-    path = ROOT / "benchmarks" / "results" / "accuracy.json"
-    path.parent.mkdir(exist_ok=True)
     sets = {name: {"runs": []} for name in args.sets}
     with ThreadPoolExecutor(args.parallel) as pool:
         futures = {pool.submit(run, args.data, *job, args.threads, more): job for job in jobs}
         for future in as_completed(futures):  # saved after each: hours of work outlive an interruption
             sets[futures[future][0]]["runs"].append(future.result())
-            path.write_text(json.dumps({"hardware": hardware(), "threads_each": args.threads, "at_a_time": args.parallel,
-                                        "sets": {name: summarize(content["runs"]) for name, content in sets.items() if content["runs"]}}, indent=1))
+            write_results("accuracy", {"threads_each": args.threads, "at_a_time": args.parallel,
+                                       "sets": {name: summarize(content["runs"]) for name, content in sets.items() if content["runs"]}})
     for name, content in sets.items():
         summary = summarize(content["runs"])["summary"]
         print(f"{name}, {len(content['runs'])} seeds:", ", ".join(f"{text} {summary[key]['mean']:.4g} ± {summary[key]['std']:.2g}"

@@ -72,11 +72,21 @@ def versions(*packages: str) -> dict[str, str]:
     return found
 
 
-def write_results(name: str, content: dict) -> None:
-    """benchmarks/results/NAME.json: the numbers, after the hardware, versions and command that gave them."""
+def read_results(name: str) -> dict:
+    """What benchmarks/results/NAME.json holds; nothing if there is none yet."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_results(name: str, content: dict, measured: bool = True) -> None:
+    """benchmarks/results/NAME.json: the numbers, after hardware, versions and command of each run that measured some ("made").
+
+    Where content keeps numbers of the file that is there, it has to keep that file's "made", too. measured=False adds no run.
+    """
     RESULTS.mkdir(exist_ok=True)
     words = [Path(word).name if os.path.isabs(word) else word for word in sys.argv]  # paths of one machine help nobody
-    head = {"hardware": hardware(), "versions": versions("torch", "numpy", "scipy", "ase"), "command": shlex.join(["python", *words])}
+    run = {"hardware": hardware(), "versions": versions("torch", "numpy", "scipy", "ase"), "command": shlex.join(["python", *words])}
+    made = content.get("made", [])
     part = RESULTS / f"{name}.json.part"
-    part.write_text(json.dumps({**head, **content}, indent=1) + "\n")
+    part.write_text(json.dumps({**content, "made": made + [run] * (measured and run not in made)}, indent=1) + "\n")
     part.replace(RESULTS / f"{name}.json")

@@ -3,10 +3,9 @@
     python train_small.py --name emt && python benchmarks/lesson.py --model runs/emt/model.pt        # two minutes
     python benchmarks/lesson.py --only grid errors                                                  # some of them
 
-overview, flow, splines, harmonics, grid, sum_first, feature, errors, drift; every number in them is read off a model, or measured.
+overview, flow, splines, harmonics, grid, sum_first, feature, errors, drift: shapes are read off the model, times off results/density.json.
 """
 import argparse
-import json
 from functools import cache
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from scipy.spatial.transform import Rotation
 
-from common import RESULTS, ROOT
+from common import ROOT, read_results
 from pictures import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, draw, setting
 
 import facet
@@ -77,7 +76,7 @@ def crystal_of(model: facet.Facet) -> Atoms:
 
 
 def inside(model: facet.Facet) -> dict[str, torch.Tensor]:
-    """Features in the first layer's grid layer, [M, C] of the first atom: before, u and v as they are multiplied, their product, after."""
+    """Features in the first layer's grid layer, [M, C] of the first atom: before, u, v (before its division), their product, after."""
     layer, seen = model.layers[0].grid, {}
     hook = layer.register_forward_hook(lambda _, inputs, out: seen.update(before=inputs[0][0], after=out[0]))
     batch = facet.make_batch([facet.find_neighbours(crystal_of(model), model.config)], model.config.cutoff, model.readout.dtype)
@@ -121,6 +120,7 @@ def overview(figure: Figure, model: facet.Facet) -> None:
     draw_points(axis, 3 * model.config.degree, 20)
     axis.set_title("a feature on its 26 points")
     draw_errors(right, (2,))
+    right.legend()
     right.set_title("error under rotation")
 
 
@@ -246,7 +246,7 @@ def grid(figure: Figure) -> None:
 
 def sum_first(figure: Figure) -> None:
     """What both orders of summation store and multiply in one layer, and what they take, from benchmarks/results/density.json."""
-    results = json.loads((RESULTS / "density.json").read_text())
+    results = read_results("density")
     config = facet.Config(("Si",), channels=64)
     L, C, K = config.degree, config.channels, round(results["mean_neighbours"])
     M, density = (L + 1) ** 2, facet.Density(L, L, config)
@@ -296,7 +296,6 @@ def draw_errors(axis, degrees: tuple[int, ...]) -> None:
             axis.loglog(points, error, line, marker="o", color=colour, markersize=3.5, label=name + f", L = {L}" * (len(degrees) > 1))
     axis.set(xlabel="grid points", xticks=[6, 14, 26, 50, 86, 146, 302], xticklabels=["6", "14", "26", "50", "86", "146", "302"])
     axis.minorticks_off()
-    axis.legend()
 
 
 def errors(figure: Figure) -> None:
@@ -348,10 +347,10 @@ def main():
     parser.add_argument("--model", type=Path, default=ROOT / "runs" / "emt" / "model.pt")
     parser.add_argument("--only", nargs="+", choices=[paint.__name__ for paint in PICTURES])
     args = parser.parse_args()
+    model = cache(lambda: facet.load(args.model, dtype=torch.float64).requires_grad_(False))  # loaded once, if it is needed
     for paint, height in PICTURES.items():
         if not args.only or paint.__name__ in args.only:
-            needs_model = "model" in paint.__annotations__
-            draw(paint.__name__, height, paint, *[facet.load(args.model, dtype=torch.float64).requires_grad_(False)] * needs_model)
+            draw(paint.__name__, height, paint, *([model()] if "model" in paint.__annotations__ else []))
 
 
 if __name__ == "__main__":

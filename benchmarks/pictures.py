@@ -7,8 +7,7 @@ The scripts that measure call `draw_results` at their end; lesson.py draws the R
 """
 from __future__ import annotations
 
-import json
-import sys
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from cycler import cycler
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
 
-from common import FIGURES, RESULTS
+from common import FIGURES, RESULTS, read_results
 
 WIDTH = 9.0  # inches: GitHub shows a picture about as wide as this at 100 dots per inch, so 10 points stay readable
 BLUE, ORANGE, GREEN, RED, PURPLE, BROWN, PINK, GREY = (f"C{i}" for i in range(8))
@@ -54,14 +53,26 @@ def setting(name: str) -> str:
     return matplotlib.rcParams[name]
 
 
+ERRORS = {"force_mae_eV_per_A": "force MAE (eV/Å)", "energy_mae_meV_per_atom": "energy MAE (meV/atom)"}
+
+
+def full_name(model: str) -> str:
+    """mace_train.py calls the smallest MACE "MACE 64"."""
+    return model.replace("MACE 64", "MACE 64x0e+64x1o")
+
+
 def speed(figure: Figure, results: dict) -> None:
     """ms of the bare model against atoms, one panel per number of threads, and the training step beside."""
-    chosen = [run for run in results["runs"].values() if run["species"] == 89]
+    most = max(run["species"] for run in results["runs"].values())
+    chosen = [run for run in results["runs"].values() if run["species"] == most]
+    names = dict.fromkeys(name for run in chosen for part in ("bare", "train") for row in run[part].values() for name in row)
+    spare = iter(f"C{i % 8}" for i in range(8, 99))
+    colours = {name: PEERS.get(name) or next(spare) for name in names}
     titles = ["GPU" if run["device"] == "cuda" else f"{run['threads']} thread{'s' * (run['threads'] > 1)}" for run in chosen]
-    *axes, last = figure.subplots(1, len(chosen) + 1)
+    *axes, last = figure.subplots(1, len(chosen) + 1, squeeze=False)[0]
     for axis, run, title in zip(axes, chosen, titles):
         sizes = sorted((crystal for crystal in run["bare"] if crystal.startswith("Si")), key=lambda crystal: int(crystal.split()[-1]))
-        for peer, colour in PEERS.items():
+        for peer, colour in colours.items():
             points = [(int(crystal.split()[-1]), run["bare"][crystal][peer]["ms"]) for crystal in sizes if peer in run["bare"][crystal]]
             if points:
                 axis.loglog(*zip(*points), "o-", color=colour, markersize=4, label=peer, linewidth=3 if peer == "Facet" else 1.3)
@@ -70,7 +81,7 @@ def speed(figure: Figure, results: dict) -> None:
     lines = {line.get_label(): line for axis in axes for line in axis.get_lines()}
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4, frameon=False)
     bars = next(iter(chosen[0]["train"].values()))
-    drawn = last.barh(list(bars), [numbers["ms"] for numbers in bars.values()], color=[PEERS[peer] for peer in bars])
+    drawn = last.barh(list(bars), [numbers["ms"] for numbers in bars.values()], color=[colours[peer] for peer in bars])
     last.bar_label(drawn, fmt=" {:,.0f}")
     last.set(title=f"training step: {titles[0]}", xlabel="ms, 4 × 64 silicon atoms")
     last.margins(x=0.18)
@@ -80,23 +91,22 @@ def speed(figure: Figure, results: dict) -> None:
 
 def time_to_accuracy(figure: Figure, results: dict) -> None:
     """Errors against CPU-seconds, a column per set."""
-    errors = {"force_mae_eV_per_A": "force MAE (eV/Å)", "energy_mae_meV_per_atom": "energy MAE (meV/atom)"}
     axes = figure.subplots(2, len(results["facet"]), squeeze=False, sharex="col")
     for column, (name, runs) in zip(axes.T, results["facet"].items()):
-        for axis, (key, text) in zip(column, errors.items()):
+        for axis, (key, text) in zip(column, ERRORS.items()):
             for run in (m for m in results["mace"] if m["set"] == name):
-                label = run["model"].replace("MACE 64", "MACE 64x0e+64x1o")
-                axis.loglog([p["cpu_seconds"] for p in run["curve"][1:]], [p[key] for p in run["curve"][1:]], color=PEERS[label], label=label)
+                label = full_name(run["model"])
+                axis.loglog([p["cpu_seconds"] for p in run["curve"][1:]], [p[key] for p in run["curve"][1:]], color=PEERS.get(label, GREY), label=label)
             axis.loglog([r["cpu_seconds"] for r in runs], [r[key] for r in runs], "o", color=BLUE, label="Facet, whole trainings")
             axis.set(ylabel=text)
-            axis.yaxis.set_major_locator(MaxNLocator(5) if axis.get_ylim()[1] < 5 * axis.get_ylim()[0] else axis.yaxis.get_major_locator())
-            if axis.get_ylim()[1] < 5 * axis.get_ylim()[0]:
+            if axis.get_ylim()[1] < 5 * axis.get_ylim()[0]:  # less than a decade: plain numbers
+                axis.yaxis.set_major_locator(MaxNLocator(5))
                 axis.yaxis.set_major_formatter(ScalarFormatter())
                 axis.yaxis.set_minor_locator(NullLocator())
             axis.grid(True, linewidth=0.5)
         column[0].set_title(name)
+        column[0].legend()
         column[1].set_xlabel("CPU-seconds of training")
-    axes[0, 0].legend()
 
 
 def relax(figure: Figure, results: dict) -> None:
@@ -124,24 +134,24 @@ def relax(figure: Figure, results: dict) -> None:
 
 def ablations(figure: Figure, results: dict) -> None:
     """Force MAE against the time of a training step: a column per set, a row per group; the front of all in grey."""
-    titles = {"radial": "radial functions", "update": "node update", "size": "size of the model"}
+    titles = {"radial": ("radial functions", ORANGE), "update": ("node update", PURPLE), "density": ("density", RED), "size": ("size of the model", GREEN)}
     panels = results["picture"]  # set: {"front": …, "groups": {group: {variant: [ms, error, spread]}}}
     groups = [group for group in titles if any(group in one["groups"] for one in panels.values())]
     for (i, j), axis in np.ndenumerate(figure.subplots(len(groups), len(panels), squeeze=False)):
         name, content = list(panels.items())[j]
-        points = content["groups"].get(groups[i], {})
+        points, (title, shade) = content["groups"].get(groups[i], {}), titles[groups[i]]
         axis.set(xscale="log", yscale="log")
         order = sorted(points, key=lambda variant: points[variant][1])
         for variant, height in zip(order, np.linspace(0, 1, len(order))):
             ms, error, spread = points[variant]
-            colour = BLUE if variant == "default" else (ORANGE, PURPLE, GREEN)[i]
+            colour = BLUE if variant == "default" else shade
             axis.errorbar(ms, error, spread, fmt="o", color=colour, markersize=5, elinewidth=1)
             axis.annotate(variant, (ms, error), (1.05, height), textcoords="axes fraction", va="center", color=colour,
                           arrowprops={"arrowstyle": "-", "color": setting("grid.color"), "shrinkA": 0, "relpos": (0, 0.5), "zorder": 0})
         limits = axis.get_xlim(), axis.get_ylim()
         ms, error = zip(*content["front"], (limits[0][1], content["front"][-1][1]))
         axis.step(ms, error, where="post", color=setting("grid.color"), linewidth=4, zorder=-1)
-        axis.set(xlim=limits[0], ylim=limits[1], title=f"{name}: {titles[groups[i]]}", ylabel="" if j else "force MAE (meV/Å)",
+        axis.set(xlim=limits[0], ylim=limits[1], title=f"{name}: {title}", ylabel="" if j else "force MAE (meV/Å)",
                  xlabel="training step (ms)" if i == len(groups) - 1 else "")
         for side in (axis.xaxis, axis.yaxis):
             side.set_major_locator(MaxNLocator(5))
@@ -162,7 +172,7 @@ def sevennet_trim(figure: Figure, results: dict) -> None:
                       color=GREEN if tuned else GREY if bessel else BLUE if folds else ORANGE, label=f"{i + 1}  {row['variant']}", zorder=3)
             axis.annotate(str(i + 1), (row["parameters"] / 1000, row[name]["mae"]), xytext=(-19, -7) if tuned else (8, 2),
                           textcoords="offset points", fontsize=11)
-        goal, = (float(entry["goal"].split()[-1]) for text_, entry in results["goals"].items() if text_.startswith(f"tuned: {name}"))
+        goal, = (float(entry["goal"].split()[-1]) for goal, entry in results["goals"].items() if goal.startswith(f"tuned: {name}"))
         axis.axhline(goal, color=RED, linewidth=1, linestyle="--")
         axis.axvline(0.75 * whole, color=RED, linewidth=1, linestyle="--")
         axis.set(yscale="log", xlabel=f"thousand parameters (SevenNet-0: {whole:.0f})", title=text)
@@ -226,18 +236,25 @@ def equivariance(figure: Figure, r: dict) -> None:
     momentum.set(title="angular momentum of a cluster", xlabel="time (ps); dotted: float64\n1: as if it rotated in equilibrium")
 
 
-PICTURES = {speed: 4.3, time_to_accuracy: 5.6, relax: 4.0, ablations: 7.0, sevennet_trim: 5.2, short_range: 7.2, equivariance: 6.0}  # heights
+PICTURES = {speed: 4.3, time_to_accuracy: 5.6, relax: 4.0, ablations: 7.0, sevennet_trim: 5.2, short_range: 7.2, equivariance: 6.0}  # inches high
 
 
 def draw_results(name: str, folder: Path = FIGURES, results: dict | None = None) -> None:
     """figures/NAME.png from results/NAME.json, or from results; a name may end in _cuda."""
     paint, = (paint for paint in PICTURES if paint.__name__ == name.removesuffix("_cuda"))
-    draw(name, PICTURES[paint], paint, results or json.loads((RESULTS / f"{name}.json").read_text()), folder=folder)
+    draw(name, PICTURES[paint], paint, results or read_results(name), folder=folder)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known = [path.stem for path in sorted(RESULTS.glob("*.json")) if path.stem.removesuffix("_cuda") in {paint.__name__ for paint in PICTURES}]
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(known))
+    names = parser.parse_args().names
+    if wrong := set(names) - set(known):
+        parser.error(f"{min(wrong)}: no such results; there are {' '.join(known)}")
+    for name in names or known:
+        draw_results(name)
 
 
 if __name__ == "__main__":
-    known = [path.stem for path in sorted(RESULTS.glob("*.json")) if path.stem.removesuffix("_cuda") in {paint.__name__ for paint in PICTURES}]
-    if wrong := set(sys.argv[1:]) - set(known):
-        sys.exit(f"{min(wrong)}: no such results; there are {' '.join(known)}")
-    for known_name in sys.argv[1:] or known:
-        draw_results(known_name)
+    main()

@@ -1,4 +1,4 @@
-"""Does anything fall together or fly apart? Dimers of every pair of elements down to 0.3 Å, and 10 ps of molecular dynamics at 2,000 K.
+"""Does anything fall together or fly apart? Dimers of every pair of elements down to 0.3 Å, and some ps of molecular dynamics at 2,000 K.
 
     python benchmarks/short_range.py --model runs/si/model.pt --name Si        # 64 atoms of the first element's crystal
     python benchmarks/short_range.py --model runs/crystals/model.pt --name crystals --structure CuAu.cif
@@ -7,7 +7,6 @@ No training set holds such dimers; a network may say anything about them, and th
 benchmarks/results/short_range.json under NAME, draws figures/short_range.png for all that is there.
 """
 import argparse
-import json
 import time
 from itertools import combinations_with_replacement
 from pathlib import Path
@@ -21,7 +20,7 @@ from ase.md.langevin import Langevin
 
 import common
 import facet
-from common import RESULTS, write_results
+from common import read_results, write_results
 from pictures import draw_results
 
 NEAREST = 0.3  # Å
@@ -90,12 +89,11 @@ def main():
     md = hot(facet.load(args.model), atoms, args.kelvin, args.picoseconds)
     print(f"{md['structure']}, {args.picoseconds:g} ps at {args.kelvin:g} K: temperature {np.mean(md['temperature_K'][len(md['temperature_K']) // 4:]):.0f} K, shortest distance "
           f"{min(md['shortest_distance_A']):.2f} Å, largest force {max(md['largest_force_eV_per_A']):.1f} eV/Å, {md['seconds']:.0f} s")
-    path, species = RESULTS / "short_range.json", model.config.species
-    content = json.loads(path.read_text())["models"] if path.exists() else {}
+    kept, species = {"models": {}} | read_results("short_range"), model.config.species
     some = list(combinations_with_replacement(range(len(species)), 2))
     curves = {f"{species[i]}-{species[j]}": {k: np.round(v, 4).tolist() for k, v in dimer(model, i, j).items() if k != "force"} for i, j in some[::1 + len(some) // 30]}
-    content[args.name] = {"hardware": common.hardware(), "scan": found, "hot": md, "curves": curves}
-    write_results("short_range", {"models": content})
+    kept["models"][args.name] = {"hardware": common.hardware(), "scan": found, "hot": md, "curves": curves}
+    write_results("short_range", kept)
     draw_results("short_range")
 
 

@@ -34,7 +34,7 @@ from itertools import product
 
 import numpy as np
 
-from common import RESULTS, ROOT, write_results
+from common import ROOT, read_results, write_results
 
 PYTHONS = {"Facet": "facet", "MACE": "mace", "SevenNet-0": "sevenn", "NequIP": "nequip"}  # the option, by a model's first word
 MODELS = ["Facet", "MACE 128x0e", "MACE 128x0e+128x1o", "MACE 64x0e+64x1o", "SevenNet-0", "NequIP", "NequIP compiled",
@@ -264,13 +264,14 @@ def main() -> None:
     sizes = args.sizes or ([8, 64] if args.quick else [atoms_in(crystal) for crystal in CRYSTALS])
     names = [name for name in (MODELS if args.device == "cpu" else ON_GPU) if PYTHONS[name.split()[0]] in pythons]
     runs = run_all(args, names, pythons, [crystal for crystal in CRYSTALS if atoms_in(crystal) in sizes])
-    if args.add:
-        runs = json.loads((RESULTS / f"speed{'_cuda' * (args.device == 'cuda')}.json").read_text())["runs"] | runs
+    name = "speed" if args.device == "cpu" else "speed_cuda"
+    kept = read_results(name) if args.add else {}
+    runs = kept.get("runs", {}) | runs
     print("goals, at the worst crystal and number of threads")
-    headline, name = goals(runs), "speed" if args.device == "cpu" else "speed_cuda"
+    headline = goals(runs)
     if not args.quick:
         memory_settings = {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")}
-        write_results(name, {"headline": headline, "environment": PASSIVE | memory_settings, "dtype": "float32", "cutoff_A": 5.0,
+        write_results(name, {"made": kept.get("made", []), "headline": headline, "environment": PASSIVE | memory_settings, "dtype": "float32", "cutoff_A": 5.0,
                              "seconds": time.perf_counter() - begin, "runs": runs})
         from pictures import draw_results  # late: matplotlib's memory would count as that of the workers (Linux)
         draw_results(name)

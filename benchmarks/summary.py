@@ -5,10 +5,10 @@
 """
 from __future__ import annotations
 
-import json
+import argparse
 import sys
 
-from common import RESULTS, ROOT
+from common import ROOT, read_results
 
 SCRIPTS = {"speed": "speed: ", "time_to_accuracy": "", "relax": "relaxation: ", "sevennet_trim": "SevenNet-0 with splines, ", "density": "density: "}  # and a title
 M64, M128 = "MACE 64x0e+64x1o", "MACE 128x0e"
@@ -18,26 +18,22 @@ PEERS = (  # the README's table: what, against whom, script, what follows the va
      *((f"bare, {peer} / Facet, 89 species", "{:.1f}") for peer in (M64, M128, "SevenNet-0", "NequIP compiled"))),
     ("a training step", f"{M64} · {M128}", "speed", " × as fast", *((f"train, {peer} / Facet, 89 species", "{:.1f}") for peer in (M64, M128))),
     ("memory", "the most frugal of them", "speed", " of it", ("memory, Facet / smallest peer, 89 species", "{:.0%}")),
-    ("training on silicon until its best force · energy error", M64, "time_to_accuracy", " of its time",
+    ("training on silicon until its best force · energy error", M64, "time_to_accuracy", " of its processor time",
      *((f"Si, processor time to the best {share}", "{:.0%}") for share in SHARES)),
-    ("training on crystals of 15 elements until the same", M64, "time_to_accuracy", " of its time",
+    ("training on crystals of 15 elements until the same", M64, "time_to_accuracy", " of its processor time",
      *((f"crystals, processor time to the best {share}", "{:.0%}") for share in SHARES)),
     ("relaxing crystals one by one: in all · the model's part", M64, "relax", " × as fast",
      ("wall time of all relaxations, MACE / Facet", "{:.1f}"), ("per step, the model's part, MACE / Facet", "{:.1f}")),
-    ("relaxing many at once by `facet.relax`", f"{M64}, one by one", "relax", " × as many in the same time",
+    ("relaxing many at once by `facet.relax`", f"{M64}, one by one", "relax", " × as many in the same processor time",
      ("crystals per second of processor time, facet.relax / MACE with ASE", "{:.1f}")),
     ("SevenNet-0 with splines for its radial MLPs, and exact folds", "as it comes", "sevennet_trim", " off",
      ("without training: fewer parameters, %", "{:.0f} % fewer parameters"), ("without training: energy, meV/atom", "{:.2f} meV/atom"),
      ("without training: force, meV/Å", "{:.1f} meV/Å")))
 
 
-def read(script: str) -> dict:
-    return json.loads((RESULTS / f"{script}.json").read_text())
-
-
 def goals(script: str) -> dict[str, dict]:
     """What was aimed at: value, goal and whether it is reached, by name."""
-    content = read(script)
+    content = read_results(script)
     return content.get("headline") or content["goals"]
 
 
@@ -70,7 +66,7 @@ def beside_peers() -> list[str]:
 
 def density() -> list[str]:
     """What summing first is worth, and what the whole model takes."""
-    content = read("density")
+    content = read_results("density")
     lines = ["| milliseconds, edge by edge → neighbours first | one thread | two threads |", "|---|---|---|"]
     for task in ("energy+forces", "training step"):
         cells = [content["threads"][threads]["layer"][task] for threads in "12"]
@@ -87,13 +83,18 @@ TABLES = {beside_peers: "README.md", density: "README.md", all_goals: "benchmark
 
 def write(lines: list[str], page: str) -> None:
     """Put a table in place of the one with the same first line."""
-    before, _, old = (ROOT / page).read_text(encoding="utf-8").partition(lines[0] + "\n")
+    before, found, old = (ROOT / page).read_text(encoding="utf-8").partition(lines[0] + "\n")
+    if not found:
+        sys.exit(f"{page}: no table begins with {lines[0]}")
     rest = old.partition("\n\n")[2]
     (ROOT / page).write_text(before + "\n".join(lines) + "\n" + ("\n" + rest if rest else ""), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    for table, page in TABLES.items():
-        if "--write" in sys.argv:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true")
+    sys.stdout.reconfigure(encoding="utf-8")
+    if parser.parse_args().write:
+        for table, page in TABLES.items():
             write(table(), page)
     print("\n\n".join("\n".join(table()) for table in TABLES))

@@ -25,10 +25,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common import RESULTS, ROOT, SETS, write_results
-from pictures import draw_results
+from common import ROOT, SETS, hardware, read_results, write_results
+from pictures import ERRORS, draw_results, full_name
 
-ERRORS = {"force_mae_eV_per_A": "force MAE (eV/Å)", "energy_mae_meV_per_atom": "energy MAE (meV/atom)"}
 
 
 def facet_run(data: Path, name: str, minutes: float) -> dict:
@@ -43,24 +42,28 @@ def facet_run(data: Path, name: str, minutes: float) -> dict:
             sys.exit(f"training on {name} for {minutes:g} minutes failed")
         result = json.loads((Path(folder) / "runs" / name / "result.json").read_text())
     run = {key: result[key] for key in ("steps", "parameters", *ERRORS, "stress_mae_GPa")}
-    run |= {"minutes": minutes, "cpu_seconds": usage.ru_utime + usage.ru_stime}
-    print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in run.items()), flush=True)
+    run |= {"minutes": minutes, "cpu_seconds": usage.ru_utime + usage.ru_stime, "hardware": hardware()}
+    print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in run.items() if key != "hardware"), flush=True)
     return run
 
 
 def mace_runs(paths: list[Path]) -> list[dict]:
     """Curves of mace_train.py, their time axis put right: every epoch costs what the fastest of its kind did.
 
-    Where several files are of one model and set, the longest is the curve; the others, undisturbed epochs, count as clocks.
+    Where several files are of one model and set, the longest is the curve; the others, undisturbed epochs or another machine,
+    count as clocks: the fastest epoch of all, and its hardware.
     """
     runs = {}
     for run in (json.loads(path.read_text()) for path in paths):
         runs.setdefault((run["set"], run["model"]), []).append(run)
+        for point in run["curve"]:
+            point.setdefault("cpu_seconds_measured", point["cpu_seconds"])  # a curve of the results file has been put right before
     for same in runs.values():
-        epoch = min(float(min(np.diff([point["cpu_seconds"] for point in run["curve"]]))) for run in same)
+        epochs = [(float(min(np.diff([point["cpu_seconds_measured"] for point in run["curve"]]))), run["hardware"]) for run in same]
         same.sort(key=lambda run: -len(run["curve"]))
+        epoch, same[0]["hardware"] = min(epochs)
         for i, point in enumerate(same[0]["curve"]):
-            point["cpu_seconds_measured"], point["cpu_seconds"] = point["cpu_seconds"], i * epoch
+            point["cpu_seconds"] = i * epoch
     return [same[0] for same in runs.values()]
 
 
@@ -80,7 +83,9 @@ def crossing(facet: list[dict], key: str, goal: float) -> float | None:
 
 def compare(facet: list[dict], mace: dict) -> dict:
     """For each error: the share of MACE's processor time after which Facet is as good as MACE at its best, and Facet's best."""
-    rows, model = {}, mace["model"].replace("MACE 64", "MACE 64x0e+64x1o")
+    rows, model = {}, full_name(mace["model"])
+    if others := {run["hardware"] for run in facet} - {mace["hardware"]}:
+        print(f"  {mace['set']}: CAUTION, MACE ran on {mace['hardware']}, Facet on {', '.join(others)}: the shares compare machines, too")
     for key, text in ERRORS.items():
         best = min(mace["curve"], key=lambda p: p[key])
         ours, least = crossing(facet, key, best[key]), min(p[key] for p in facet)
@@ -103,8 +108,7 @@ def main():
     parser.add_argument("--parallel", type=int, default=1, help="trainings at a time, one thread each")
     parser.add_argument("--reuse", action="store_true", help="take Facet's trainings from the results file")
     args = parser.parse_args()
-    path = RESULTS / "time_to_accuracy.json"
-    kept = json.loads(path.read_text()) if path.exists() else {"facet": {}, "mace": []}
+    kept = {"facet": {}, "mace": []} | read_results("time_to_accuracy")
     mace = mace_runs(args.mace) or kept["mace"]
     facet = kept["facet"] if args.reuse else {**kept["facet"], **{name: [] for name in args.sets}}  # other sets stay as they are
     if not args.reuse:
@@ -115,7 +119,7 @@ def main():
             facet[name].insert(0, job.result())
     print("processor time to MACE's best error")
     headline = {name: row for run in mace if run["set"] in facet for name, row in compare(facet[run["set"]], run).items()}
-    write_results("time_to_accuracy", {"threads": 1, "headline": headline, "facet": facet, "mace": mace})
+    write_results("time_to_accuracy", kept | {"threads": 1, "headline": headline, "facet": facet, "mace": mace}, measured=not args.reuse)
     draw_results("time_to_accuracy")
 
 
