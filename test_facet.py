@@ -1604,6 +1604,18 @@ def test_readme_pictures_are_missing_or_have_no_words():
     assert {Path(file).stem.removesuffix("_dark") for file in mine} <= names
 
 
+def test_readme_names_an_option_that_does_not_exist():
+    """Of train_small.py in the README, of every script in the commands of the other pages."""
+    known = {f"--{name}" for name in train_small.Settings.__dataclass_fields__} | {"--resume", "--help"}
+    text = PAGES[0].read_text(encoding="utf-8").partition("## Train on your own data")[2].partition("## Relax a crystal")[0]
+    told = set(re.findall(r"`(--\w+)", text)) | {option for line in text.splitlines() for option in re.findall(r"--\w+", line.partition("train_small.py")[2])}
+    assert len(told) > 10 and told <= known, told - known
+    for script, rest in re.findall(r"benchmarks/(\w+\.py)([^`|]*)`", PAGES[1].read_text(encoding="utf-8")):
+        source = (HERE / "benchmarks" / script).read_text(encoding="utf-8")
+        for option in re.findall(r"--\w+", rest):
+            assert f'"{option}"' in source or f'f"--{{' in source, (script, option)
+
+
 def test_readme_names_a_function_that_does_not_exist():
     """The table of equations: each has a function here, one in the reference, a test, and all of facet.py's sections are there."""
     rows = re.findall(r"^\| \*\*.*$", PAGES[0].read_text(encoding="utf-8"), re.M)
