@@ -1613,7 +1613,7 @@ def test_readme_names_an_option_that_does_not_exist():
     for script, rest in re.findall(r"benchmarks/(\w+\.py)([^`|]*)`", PAGES[1].read_text(encoding="utf-8")):
         source = (HERE / "benchmarks" / script).read_text(encoding="utf-8")
         for option in re.findall(r"--\w+", rest):
-            assert f'"{option}"' in source or f'f"--{{' in source, (script, option)
+            assert f'"{option}"' in source or 'f"--{peer}"' in source, (script, option)
 
 
 def test_readme_names_a_function_that_does_not_exist():

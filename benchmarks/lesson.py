@@ -274,7 +274,9 @@ def feature(figure: Figure, model: facet.Facet) -> None:
     """What the grid layer does to one channel of one atom, as functions on the sphere."""
     seen, xyz = inside(model), sphere()
     Y = facet.harmonics(torch.from_numpy(xyz), model.config.degree)
-    def roundness(x): return x[0].abs() / x[1:].norm(dim=0)
+
+    def roundness(x):
+        return x[0].abs() / x[1:].norm(dim=0)
     channel = int(sum(roundness(seen[name]) for name in ("u", "v", "product")).argmin())  # the one with most to see
     before, after = seen["before"][1:], seen["after"][1:]
     clear = roundness(seen["before"]) < roundness(seen["before"]).median()
