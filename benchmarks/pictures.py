@@ -213,8 +213,8 @@ def equivariance(figure: Figure, r: dict) -> None:
             here, = (row for row in rows if row["amplitude"] == 1)
             amplitude.plot(here["input_rms"], here["relative"], "o", **line)
             if name != "silu-26":  # the weights of "silu" before training, and much like them after it
-                rows, word = r["rotation"][name][when], name.replace("silu", "SiLU")
-                error.loglog([row["points"] for row in rows], [row["force_relative"] for row in rows], dots, **line, label=f"{word}, {when} training")
+                rows = r["rotation"][name][when]
+                error.loglog([row["points"] for row in rows], [row["force_relative"] for row in rows], dots, **line)
         rows = r["rotation"][name]["during"]
         during.semilogy([row["step"] for row in rows], [row["force_relative"] for row in rows], color=colour[name], label=label[name])
         trace = r["crystal"][f"{name} float32"]
@@ -223,17 +223,16 @@ def equivariance(figure: Figure, r: dict) -> None:
             trace = r["cluster"][f"{name} {dtype}"]
             momentum.semilogy(trace["trace_ps"][1:], trace["trace_angular_momentum"][1:], dashes, color=colour[name])
     for name, t in r["time"].items():
-        cost.plot(t["points"], t["ms"], "o-", color=colour[name], markersize=4, label=name.replace("silu", "SiLU"))
-    for axis in (error, cost, during):
-        axis.legend()
+        cost.plot(t["points"], t["ms"], "o-", color=colour[name], markersize=4)
+    figure.legend(*during.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     ticks = [p for p in (14, 26, 50, 86, 146, 302) if p in r["time"]["product"]["points"]]
-    error.set(title="forces, relative error under rotation", xlabel="grid points", xticks=ticks, xticklabels=ticks)
+    error.set(title="error of forces under rotation", xlabel="grid points (dashed: before training)", xticks=ticks, xticklabels=ticks)
     error.minorticks_off()
-    amplitude.set(title="one layer alone, relative error", xlabel="rms of its input (dot: as it is;\ndashed: before training)")
+    amplitude.set(title="error of one layer alone", xlabel="rms of its input (dot: as it is)")
     cost.set(title="one evaluation, 64 atoms (ms)", xlabel="grid points", ylim=(0, None))
-    during.set(title="forces, relative error in training", xlabel="step")
-    energy.set(title="total energy of a crystal (meV/atom)", xlabel="time (ps), float32")
-    momentum.set(title="angular momentum of a cluster", xlabel="time (ps); dotted: float64\n1: as if it rotated in equilibrium")
+    during.set(title="error of forces in training", xlabel="step")
+    energy.set(title="crystal: energy (meV/atom)", xlabel="time (ps), float32")
+    momentum.set(title="cluster: angular momentum", xlabel="time (ps); dotted: float64")
 
 
 PICTURES = {speed: 4.3, time_to_accuracy: 5.6, relax: 4.0, ablations: 7.0, sevennet_trim: 5.2, short_range: 7.2, equivariance: 6.0}  # inches high
