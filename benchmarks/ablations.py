@@ -23,7 +23,6 @@ import argparse
 import contextlib
 import functools
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -483,9 +482,10 @@ def points_of(variants: dict, rows: dict, key: str) -> dict[str, tuple[float, fl
 
 def picture_of(variants: dict, rows: dict, key: str) -> dict:
     """What pictures.py draws: (ms, error, spread over seeds) of each group's variants beside the default's, and the front of all."""
-    points = {name: (*point, 1000 * variants[name]["steps"][FORCE][1]) for name, point in points_of(variants, rows, key).items()}
+    found = points_of(variants, rows, key)
+    points = {name: (*point, 1000 * variants[name]["steps"][FORCE][1]) for name, point in found.items()}
     groups = {VARIANTS[name].group for name in points} - {"default"}
-    return {"front": [points[name][:2] for name in front(points_of(variants, rows, key))],
+    return {"front": [found[name] for name in front(found)],
             "groups": {group: {name: p for name, p in points.items() if VARIANTS[name].group in (group, "default")} for group in sorted(groups)}}
 
 
@@ -540,12 +540,13 @@ def main() -> None:
         train_all(args, plan(args, names, rows), content)
     summary = summarize(args, names, content["runs"], rows)
     print_table(summary, rows)
-    picture = {key: picture_of(variants, rows, key) for key, variants in summary.items()}
-    if not any(one["front"] for one in picture.values()):
-        sys.exit("nothing has been trained with these --sets, --steps and --batch_atoms: the results stay as they are")
-    found = {"steps": args.steps, "summary": summary, "answers": answers(summary, rows), "picture": {k: one for k, one in picture.items() if one["front"]}}
+    picture = {key: one for key, variants in summary.items() if (one := picture_of(variants, rows, key))["front"]}
+    if args.draw and not picture:
+        parser.error("nothing has been trained with these --sets, --steps and --batch_atoms")
+    found = {"steps": args.steps, "summary": summary, "answers": answers(summary, rows), "picture": picture}
     write_results("ablations", content | found, measured=not args.draw)
-    draw_results("ablations")
+    if picture:
+        draw_results("ablations")
 
 
 if __name__ == "__main__":

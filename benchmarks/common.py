@@ -54,6 +54,11 @@ def silicon(n: int) -> ase.Atoms:
     return rattled(ase.build.bulk("Si", cubic=True) * (n, n, n), 0.05)
 
 
+def atoms_in(crystal: str) -> int:
+    """Of a name such as "Si 512"."""
+    return int(crystal.split()[-1])
+
+
 def hardware() -> str:
     """Name of the processor, number of cores."""
     info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
@@ -79,7 +84,7 @@ def read_results(name: str) -> dict:
 
 
 def write_results(name: str, content: dict, measured: bool = True) -> None:
-    """benchmarks/results/NAME.json: the numbers, after hardware, versions and command of each run that measured some ("made").
+    """benchmarks/results/NAME.json: the numbers, and hardware, versions and command of each run that measured some ("made").
 
     Where content keeps numbers of the file that is there, it has to keep that file's "made", too. measured=False adds no run.
     """

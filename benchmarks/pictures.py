@@ -17,7 +17,7 @@ from cycler import cycler
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
 
-from common import FIGURES, RESULTS, read_results
+from common import FIGURES, RESULTS, atoms_in, read_results
 
 WIDTH = 9.0  # inches: GitHub shows a picture about as wide as this at 100 dots per inch, so 10 points stay readable
 BLUE, ORANGE, GREEN, RED, PURPLE, BROWN, PINK, GREY = (f"C{i}" for i in range(8))
@@ -64,16 +64,15 @@ def full_name(model: str) -> str:
 def speed(figure: Figure, results: dict) -> None:
     """ms of the bare model against atoms, one panel per number of threads, and the training step beside."""
     most = max(run["species"] for run in results["runs"].values())
-    chosen = [run for run in results["runs"].values() if run["species"] == most]
+    titles, chosen = zip(*((name.split(", ")[1], run) for name, run in results["runs"].items() if run["species"] == most))  # "89 species, 1 thread"
     names = dict.fromkeys(name for run in chosen for part in ("bare", "train") for row in run[part].values() for name in row)
     spare = iter(f"C{i % 8}" for i in range(8, 99))
     colours = {name: PEERS.get(name) or next(spare) for name in names}
-    titles = ["GPU" if run["device"] == "cuda" else f"{run['threads']} thread{'s' * (run['threads'] > 1)}" for run in chosen]
     *axes, last = figure.subplots(1, len(chosen) + 1, squeeze=False)[0]
     for axis, run, title in zip(axes, chosen, titles):
-        sizes = sorted((crystal for crystal in run["bare"] if crystal.startswith("Si")), key=lambda crystal: int(crystal.split()[-1]))
+        sizes = sorted((crystal for crystal in run["bare"] if crystal.startswith("Si")), key=atoms_in)
         for peer, colour in colours.items():
-            points = [(int(crystal.split()[-1]), run["bare"][crystal][peer]["ms"]) for crystal in sizes if peer in run["bare"][crystal]]
+            points = [(atoms_in(crystal), run["bare"][crystal][peer]["ms"]) for crystal in sizes if peer in run["bare"][crystal]]
             if points:
                 axis.loglog(*zip(*points), "o-", color=colour, markersize=4, label=peer, linewidth=3 if peer == "Facet" else 1.3)
         axis.set(title=f"energy, forces, stress: {title}", xlabel="silicon atoms", ylabel="ms")

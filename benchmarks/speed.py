@@ -34,7 +34,7 @@ from itertools import product
 
 import numpy as np
 
-from common import ROOT, read_results, write_results
+from common import ROOT, atoms_in, read_results, write_results
 
 PYTHONS = {"Facet": "facet", "MACE": "mace", "SevenNet-0": "sevenn", "NequIP": "nequip"}  # the option, by a model's first word
 MODELS = ["Facet", "MACE 128x0e", "MACE 128x0e+128x1o", "MACE 64x0e+64x1o", "SevenNet-0", "NequIP", "NequIP compiled",
@@ -49,10 +49,6 @@ GOALS = [("bare", ("Si 64", "Si 512"), ["MACE 128x0e"], 6), ("bare", ("Si 64", "
          ("bare", ("Si 64", "Si 512"), ["NequIP compiled", "NequIP compiled, spinning"], 5),
          ("train", (STEP,), ["MACE 128x0e"], 8), ("train", (STEP,), ["MACE 64x0e+64x1o"], 2.5)]  # the fastest of the names
 MEMORY_LIMIT = 16.0  # GB
-
-
-def atoms_in(crystal: str) -> int:
-    return int(crystal.split()[-1])
 
 
 # ─── The workers ─────────────────────────────────────────────────────────────────────────────────────────────────────
