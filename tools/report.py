@@ -1,0 +1,350 @@
+"""What a trained model is worth: test errors beside simple baselines, physics, pictures.
+
+    python -m tools.report runs/si          # reads the data again, prints, draws runs/si/report.png
+
+train_small.py does this at the end of a training. Errors come for the whole test set, for each
+group (config_type) that the files name, for each element and by the size of the force. The
+baselines are one energy per species, and one pair potential for all species. The physics: energy
+against volume, the drift of the energy in molecular dynamics, the forces of a turned crystal.
+"""
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import ase
+import numpy as np
+import torch
+from ase import units
+from ase.stress import voigt_6_to_full_3x3_stress
+
+import facet
+from tools import panels, physics
+from tools.frames import BadInput, load, sample
+
+SAMPLE = 5000  # test structures, evenly spread, that stand for all in a large test set
+GROUPS = 20  # lines of groups at most
+
+
+# ─── Errors ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def predict(model: facet.Facet, frames, batch_atoms: int = 256) -> list[dict]:
+    """Energy (eV), forces [N, 3] and stress [3, 3] (nan where there is no volume), in order."""
+    out = []
+    for start in range(0, len(frames), 1000):
+        some = [frames[i] for i in range(start, min(start + 1000, len(frames)))]
+        graphs = [facet.find_neighbours(atoms, model.config) for atoms in some]
+        for atoms, results in zip(some, facet.evaluate(model, graphs, batch_atoms), strict=True):
+            out.append(complete(results, len(atoms)))
+    return out
+
+
+def complete(results: dict, atoms: int) -> dict:
+    """Results under ASE's names → energy, forces [N, 3], stress [3, 3]; nan for what is missing."""
+    stress = np.full((3, 3), np.nan)
+    if "stress" in results:
+        stress = voigt_6_to_full_3x3_stress(results["stress"])
+    return {
+        "energy": float(results.get("energy", np.nan)),
+        "forces": results.get("forces", np.full((atoms, 3), np.nan)),
+        "stress": stress,
+    }
+
+
+def labels(atoms: ase.Atoms) -> dict:
+    """The labels of one frame, in the shapes of a prediction."""
+    return complete(atoms.calc.results, len(atoms))
+
+
+def errors(predictions: list[dict], frames) -> dict:
+    """MAE and RMSE of energy (meV/atom), forces (eV/Å, over components) and stress (GPa).
+
+    None where there are no labels.
+    """
+    energy = []
+    forces = []
+    stress = []
+    for found, atoms in zip(predictions, frames, strict=True):
+        wanted = labels(atoms)
+        energy.append(1000 * (found["energy"] - wanted["energy"]) / len(atoms))
+        forces.extend((found["forces"] - wanted["forces"]).ravel())
+        stress.extend((found["stress"] - wanted["stress"]).ravel() / units.GPa)
+
+    table = {}
+    for name, unit, differences in (
+        ("energy", "meV_per_atom", energy),
+        ("force", "eV_per_A", forces),
+        ("stress", "GPa", stress),
+    ):
+        known = np.array(differences, float)
+        known = known[np.isfinite(known)]
+        table[f"{name}_mae_{unit}"] = float(np.abs(known).mean()) if len(known) else None
+        table[f"{name}_rmse_{unit}"] = float(np.sqrt((known**2).mean())) if len(known) else None
+    return table
+
+
+def errors_by_group(predictions: list[dict], frames) -> dict[str, dict]:
+    """The errors of each group that the files name, and "structures"; the largest groups first."""
+    members = {}
+    for i, atoms in enumerate(frames):
+        members.setdefault(atoms.info["group"], []).append(i)
+    table = {}
+    for group in sorted(members, key=lambda group: -len(members[group])):
+        rows = members[group]
+        found = errors([predictions[i] for i in rows], [frames[i] for i in rows])
+        table[group] = {"structures": len(rows), **found}
+    return table
+
+
+def force_errors(predictions: list[dict], frames) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of every atom with a labelled force: its symbol, |F| and |ΔF| in eV/Å; [N] each."""
+    symbols = []
+    size = []
+    error = []
+    for found, atoms in zip(predictions, frames, strict=True):
+        wanted = labels(atoms)["forces"]  # [N, 3]
+        symbols.extend(atoms.symbols)
+        size.extend(np.linalg.norm(wanted, axis=1))
+        error.extend(np.linalg.norm(found["forces"] - wanted, axis=1))
+    known = np.isfinite(error)
+    return np.array(symbols)[known], np.array(size)[known], np.array(error)[known]
+
+
+def errors_by_element(symbols: np.ndarray, error: np.ndarray) -> dict[str, float]:
+    """Mean |ΔF| of each element in eV/Å, the largest first."""
+    table = {}
+    for symbol in np.unique(symbols):
+        table[str(symbol)] = float(error[symbols == symbol].mean())
+    return dict(sorted(table.items(), key=lambda item: -item[1]))
+
+
+def errors_by_size(size: np.ndarray, error: np.ndarray) -> list[tuple[float, float]]:
+    """Mean |F| and mean |ΔF|, eV/Å, in up to twelve portions with as many atoms each."""
+    portions = np.array_split(np.argsort(size), min(12, len(size)))
+    return [(float(size[p].mean()), float(error[p].mean())) for p in portions]
+
+
+# ─── Baselines ───────────────────────────────────────────────────────────────────────────────────
+
+
+def constant_baseline(frames, config: facet.Config) -> list[dict]:
+    """What one energy per species alone predicts: no forces, no stress."""
+    E0 = dict(zip(config.species, config.reference_energies, strict=True))
+    predictions = []
+    for atoms in frames:
+        predictions.append(
+            {
+                "energy": sum(E0[symbol] for symbol in atoms.symbols),
+                "forces": np.zeros((len(atoms), 3)),
+                "stress": np.zeros((3, 3)),
+            }
+        )
+    return predictions
+
+
+class PairPotential:
+    """One spline V(r) for all pairs, E = Σ E0 + ½ Σ_ij V(r_ij), fitted by least squares."""
+
+    def __init__(self, config: facet.Config):
+        self.config = config
+        self.spline = facet.RadialSplines(1, config).double()
+
+    def rows(self, atoms: ase.Atoms) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Energy [Z+R], forces [3N, Z+R], stress [9, Z+R], linear in the E0 and the spline."""
+        graph = facet.find_neighbours(atoms, self.config)
+        Z = len(self.config.species)
+
+        # the B-splines and their slopes at all distances
+        r = torch.from_numpy(np.linalg.norm(graph.vectors, axis=1))  # [E]
+        one = torch.ones_like(r)
+        value, slope = torch.func.jvp(self.spline.basis, (r,), (one,))  # [E, R] each
+        pull = (slope / r[:, None]).numpy()[:, None] * graph.vectors[:, :, None]  # [E, 3, R]
+
+        # sums over pairs
+        R = value.shape[1]
+        energy = np.concatenate([np.bincount(graph.species, minlength=Z), value.numpy().sum(0) / 2])
+        forces = np.zeros((len(atoms), 3, R))
+        np.add.at(forces, graph.dst, pull)
+        stress = np.einsum("ea,ebr->abr", graph.vectors, pull) / 2 / graph.volume  # [3, 3, R]
+
+        # the E0 exert no forces
+        beside = [(0, 0), (Z, 0)]
+        return energy, np.pad(forces.reshape(-1, R), beside), np.pad(stress.reshape(9, R), beside)
+
+    def fit(self, train) -> PairPotential:
+        """Energies per atom and forces of some thousand atoms: plenty for so few numbers."""
+        design = []
+        target = []
+        every = 1 + int(train.atom_counts().sum()) // 5000
+        for i in range(0, len(train), every):
+            atoms = train[i]
+            wanted = labels(atoms)
+            energy, forces, _ = self.rows(atoms)
+            design.extend([energy[None] / len(atoms), forces])
+            target.extend([[wanted["energy"] / len(atoms)], wanted["forces"].ravel()])
+        design = np.concatenate(design)  # [rows, Z+R]
+        target = np.concatenate(target)  # [rows]
+        known = np.isfinite(target)
+        self.fitted = np.linalg.lstsq(design[known], target[known], rcond=None)[0]  # [Z+R]
+        return self
+
+    def predict(self, frames) -> list[dict]:
+        """As `predict`."""
+        predictions = []
+        for atoms in frames:
+            energy, forces, stress = self.rows(atoms)
+            predictions.append(
+                {
+                    "energy": float(energy @ self.fitted),
+                    "forces": (forces @ self.fitted).reshape(-1, 3),
+                    "stress": (stress @ self.fitted).reshape(3, 3),
+                }
+            )
+        return predictions
+
+
+# ─── Report ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def table_line(name: str, table: dict) -> str:
+    """One line of the table of errors; – where there are no labels."""
+
+    def cell(quantity: str, unit: str, digits: int) -> str:
+        mae = table[f"{quantity}_mae_{unit}"]
+        if mae is None:
+            return "–"
+        rmse = table[f"{quantity}_rmse_{unit}"]
+        return f"{mae:.{digits}f} ({rmse:.{digits}f})"
+
+    energy = cell("energy", "meV_per_atom", 2)
+    force = cell("force", "eV_per_A", 4)
+    stress = cell("stress", "GPa", 3)
+    return f"  {name:34s} {energy:>21s} {force:>27s} {stress:>18s}"
+
+
+def print_table(rows: dict[str, dict], groups: dict[str, dict], structures: int) -> None:
+    """Facet and the baselines; a line for each group, where the files name several."""
+    heading = f"{structures} test structures"
+    print(
+        f"\n{heading:31s}energy MAE (RMSE) meV/atom    force MAE (RMSE) eV/Å"
+        "    stress MAE (RMSE) GPa"
+    )
+    for name, table in rows.items():
+        print(table_line(name, table))
+
+    if len(groups) > 1:
+        left_out = len(groups) - GROUPS
+        print("Facet, by group" + (f" ({left_out} smaller groups left out)" * (left_out > 0)))
+        for group, table in list(groups.items())[:GROUPS]:
+            print(table_line(f"{group or 'no group'} ({table['structures']})", table))
+
+
+def print_physics(found: dict) -> None:
+    """One line; and one for the alloy that the embedded set leaves out."""
+    drift = found["energy_drift"]
+    errors = []
+    for dtype, values in found["equivariance_error"].items():
+        errors.append(f"{max(values):.0e} ({dtype})")
+    print(
+        f"\ntotal energy in molecular dynamics at {drift['kelvin']:.0f} K: "
+        f"{drift['drift_meV_per_atom_per_ps']:.2g} meV/atom/ps; "
+        f"equivariance error of forces: {', '.join(errors)}"
+    )
+    if relaxation := found.get("relaxation"):
+        wanted = relaxation["emt"]
+        ours = relaxation["facet"]
+        change = 100 * (ours["lattice_constant_A"] / wanted["lattice_constant_A"] - 1)
+        print(
+            f"\n{relaxation['structure']}, relaxed by FIRE with FrechetCellFilter: "
+            f"EMT a = {wanted['lattice_constant_A']:.4f} Å in {wanted['steps']} steps, "
+            f"Facet a = {ours['lattice_constant_A']:.4f} Å in {ours['steps']} steps "
+            f"({change:+.2f} %)"
+        )
+
+
+def read_run(folder: Path) -> tuple[facet.Facet, SimpleNamespace]:
+    """The trained model and the settings of its training. Raises BadInput."""
+    path = folder / "checkpoint.pt"
+    if not path.is_file():
+        raise BadInput(f"{folder}: holds no checkpoint.pt of a training")
+    try:
+        settings = torch.load(path, map_location="cpu", weights_only=True)["settings"]
+    except Exception as error:
+        raise BadInput(f"{path}: is damaged ({type(error).__name__})") from error
+    settings = SimpleNamespace(**settings)
+    device = "cpu"
+    if "cuda" in settings.device and torch.cuda.is_available():
+        device = settings.device
+    return facet.load(folder / "model.pt", device), settings
+
+
+def report(folder: str | Path) -> dict:
+    """Print the test table with its baselines and some physics, draw report.png; the numbers.
+
+    Raises BadInput, or ValueError, where the folder or the data it was trained on cannot be read.
+    """
+    folder = Path(folder)
+    model, settings = read_run(folder)
+    train, valid, everything = load(settings, folder.parent)
+
+    # errors on the test set
+    test = list(sample(everything, SAMPLE))
+    predictions = predict(model, test)
+    groups = errors_by_group(predictions, test)
+    symbols, size, error = force_errors(predictions, test)
+    rows = {"Facet": errors(predictions, test)}
+    if test:
+        pair = PairPotential(model.config).fit(train).predict(test)
+        constant = constant_baseline(test, model.config)
+        rows["mean pair potential (one spline)"] = errors(pair, test)
+        rows["constant per species"] = errors(constant, test)
+        if len(test) < len(everything):
+            print(f"\n{len(test)} of the {len(everything)} test structures, evenly spread, count")
+        print_table(rows, groups, len(test))
+    else:
+        print("\nThere is no test set, so no errors are given.")
+
+    # physics, on a structure that was not trained on if there is one
+    some = list(sample(everything or valid or train, 500))
+    found = physics.all_of_it(model, some)
+    if not settings.train:
+        found["relaxation"] = physics.relax_held_out(model)
+    print_physics(found)
+
+    # pictures
+    result = {
+        **rows.pop("Facet"),
+        "baselines": rows,
+        "by_group": groups,
+        "by_element_eV_per_A": errors_by_element(symbols, error),
+        "by_size_eV_per_A": errors_by_size(size, error),
+        "physics": found,
+    }
+    with open(folder / "metrics.csv", encoding="utf-8") as file:
+        log = list(csv.DictReader(file))
+    wanted = [labels(atoms) for atoms in test]
+    panels.draw(folder / "report.png", model, result, test, predictions, wanted, log)
+    return result
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", metavar="runs/NAME", type=Path, help="that of a training")
+    args = parser.parse_args(arguments)
+    try:
+        report(args.folder)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"\n{args.folder / 'report.png'}")
+
+
+if __name__ == "__main__":
+    main()
