@@ -1,0 +1,204 @@
+"""Convert data sets of any size to one ASE database, for training on what does not fit in memory.
+
+    python -m tools.database MPtrj_2022.9_full.json mptrj.db
+    python -m tools.database run*.xyz all.db --energy REF_energy --forces REF_forces
+    python train_small.py --train mptrj.db
+    ase db mptrj.db natoms=8 -c material,formula,energy       # ASE's own tool looks into it
+
+Reads whatever tools.frames reads, MPtrj's, MatPES' and mlearn's JSON included, frame after frame
+in little memory, and checks every frame. After a kill, give the same command again: what is in the
+database stays. Later files may be added the same way. Names of labels are given here and hold for
+the whole database.
+
+A row holds the geometry, energy, forces and stress where ASE keeps them, and as key-value pairs
+`source` (file and frame), `material` and, if there is one, `group`.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sqlite3
+import sys
+import time
+from collections.abc import Sequence
+from itertools import islice
+
+import ase.db
+from ase import Atoms
+
+from tools import frames
+from tools.frames import USUAL, BadInput, Names
+
+BLOCK = 1000            # frames that are written at a time: what a kill loses at most
+SECONDS_PER_LINE = 10   # between lines of progress in a file
+
+
+def connect(path: str) -> ase.db.core.Database:
+    """The database, without ASE's lock file, which a killed process would leave behind."""
+    return ase.db.connect(path, type="db", use_lock_file=False, serial=True)
+
+
+def metadata_now(connection: sqlite3.Connection) -> dict:
+    """What the metadata of a database say at this moment; ase.db remembers what they once said."""
+    found = connection.execute("SELECT value FROM information WHERE name = 'metadata'").fetchone()
+    return json.loads(found[0]) if found else {}
+
+
+class Writer:
+    """An ASE database that is filled in blocks.
+
+    A block of frames is one transaction with the metadata that say what is there: names of the
+    labels, frames of each input. A kill leaves whole blocks. Another process that writes at the
+    same time is noticed, because it has changed the metadata.
+    """
+
+    def __init__(self, path: str, names: Names):
+        """Open a database, or begin one. Raises BadInput if it is not of this kind."""
+        self.path = path
+        self.known = connect(path).metadata.get("facet")  # as this process found or wrote it
+        if self.known is None and connect(path).count():
+            raise BadInput(f"{path}: is a database that this command has not made; give another "
+                           f"name for the result")
+
+        if self.known is None:
+            self.write([], {"names": list(names), "complete": False, "stresses": 0, "inputs": {}})
+        if self.known["names"] != list(names):
+            before = ", ".join(name or "the usual" for name in self.known["names"])
+            raise BadInput(f"{path}: was begun with other names of energy, forces and stress "
+                           f"({before}); give the same, or another name for the result")
+
+    def write(self, block: list[Atoms], known: dict) -> None:
+        """Write frames and the new metadata: both, or nothing. Raises BadInput if somebody else
+        writes too."""
+        database = connect(self.path)
+        with database:
+            database.connection.execute("BEGIN IMMEDIATE")  # from here on, others wait
+            if metadata_now(database.connection).get("facet") != self.known:
+                raise BadInput(f"{self.path}: another process is writing into it; let that one "
+                               f"end, then give the command again")
+            for atoms in block:
+                info = dict(atoms.info)
+                if not info["group"]:
+                    del info["group"]
+                database.write(atoms, key_value_pairs=info)
+            database.metadata = {"facet": known}
+        self.known = known
+
+    def add(self, path: str, block: list[Atoms], count: int, whole: bool) -> None:
+        """Write frames of an input, of which `count` are there then; whole: these are the last."""
+        stat = os.stat(path)
+        state = {"bytes": stat.st_size, "modified": stat.st_mtime, "frames": count, "whole": whole}
+        inputs = {**self.known["inputs"], os.path.realpath(path): state}
+        stresses = sum("stress" in atoms.calc.results for atoms in block)
+        self.write(block, {**self.known, "complete": False, "inputs": inputs,
+                           "stresses": self.known["stresses"] + stresses})
+
+    def state(self, path: str) -> dict:
+        """How far an input has come. Raises BadInput if it has changed since it was begun."""
+        nothing = {"frames": 0, "whole": False}
+        state = self.known["inputs"].get(os.path.realpath(path), nothing)
+        if state == nothing:
+            return nothing
+
+        stat = os.stat(path)
+        if (state["bytes"], state["modified"]) != (stat.st_size, stat.st_mtime):
+            raise BadInput(f"{path}: has changed since {self.path} was begun with it; give another "
+                           f"name for the result")
+        return state
+
+    def finish(self) -> None:
+        """Say that the database is complete. Raises BadInput if it is not."""
+        for path, state in self.known["inputs"].items():
+            if not state["whole"]:
+                raise BadInput(f"{self.path}: holds a part of {path}; give that file too")
+        if self.known["names"][2] and not self.known["stresses"]:
+            raise BadInput(frames.no_stress(Names(*self.known["names"]), self.known["inputs"]))
+        if not self.known["complete"]:
+            self.write([], {**self.known, "complete": True})
+
+
+class Progress:
+    """A line that rewrites itself on a terminal, a line now and then in a file."""
+
+    def __init__(self):
+        self.start = time.monotonic()
+        self.last = self.start
+        self.written = 0
+
+    def show(self, path: str, count: int, written: int) -> None:
+        """count: frames of this file that are in the database; written: those new just now."""
+        self.written += written
+        now = time.monotonic()
+        rate = self.written / max(now - self.start, 1e-9)
+        line = f"{path}: {count} frames, {rate:.0f} frames/s"
+        if sys.stdout.isatty():
+            print(f"\r{line}\033[K", end="", flush=True)
+        elif now - self.last > SECONDS_PER_LINE:
+            print(line, flush=True)
+            self.last = now
+
+    def end(self, line: str) -> None:
+        """The last word on a file."""
+        print(f"\r{line}\033[K" if sys.stdout.isatty() else line, flush=True)
+
+
+def convert(inputs: Sequence[str], out: str, names: Names = USUAL) -> None:
+    """Write every frame of the inputs (files or globs) into the database `out`, or go on with it.
+
+    Raises BadInput: for what frames.iread refuses, for an input that changed, for other names of
+    labels than before, for a database that somebody else is writing.
+    """
+    paths = frames.expand(inputs)
+    try:
+        writer = Writer(out, names)
+        progress = Progress()
+        for path in paths:
+            state = writer.state(path)
+            count = state["frames"]
+            if state["whole"]:
+                progress.end(f"{path}: {count} frames, all there")
+                continue
+            if count:
+                progress.end(f"{path}: {count} frames are there; going on")
+
+            # frames that are there are read over; then block after block
+            found = islice(frames.iread(path, names), count, None)
+            while block := list(islice(found, BLOCK)):
+                count += len(block)
+                writer.add(path, block, count, whole=False)
+                progress.show(path, count, len(block))
+            writer.add(path, [], count, whole=True)
+            progress.end(f"{path}: {count} frames")
+        writer.finish()
+    except sqlite3.Error as error:
+        raise BadInput(f"{out}: cannot be written, or another process is writing into it "
+                       f"({error})") from error
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command: 0, or 1 for bad input, which is said in one sentence."""
+    parser = argparse.ArgumentParser(prog="python -m tools.database", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("inputs", nargs="+", metavar="IN", help="files or globs")
+    parser.add_argument("out", metavar="OUT.db", help="the database, new or to go on with")
+    frames.add_names(parser)
+    options = parser.parse_args(arguments)
+    if not options.out.lower().endswith(".db"):
+        parser.error(f"the last file is the result, its name ends in .db; {options.out} does not")
+
+    try:
+        convert(options.inputs, options.out,
+                Names(options.energy, options.forces, options.stress))
+    except BadInput as error:
+        print(f"\nerror: {error}" if sys.stdout.isatty() else f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; give the same command to go on", file=sys.stderr)
+        return 130
+    print(f"{options.out} is complete")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
