@@ -579,6 +579,9 @@ class InMemory:
     def energies(self) -> np.ndarray:
         return np.array([atoms.calc.results["energy"] for atoms in self.images], float)
 
+    def volumes(self) -> np.ndarray:
+        return np.array([atoms.cell.volume for atoms in self.images], float)
+
     def materials(self) -> Iterator[str]:
         for atoms in self.images:
             yield atoms.info["material"]
@@ -675,6 +678,9 @@ class OnDisk:
     def energies(self) -> np.ndarray:
         return self.column("SELECT energy FROM systems ORDER BY id", float)
 
+    def volumes(self) -> np.ndarray:
+        return self.column("SELECT COALESCE(volume, 0) FROM systems ORDER BY id", float)
+
     def materials(self) -> Iterator[str]:
         command = "SELECT value FROM text_key_values WHERE key = 'material' ORDER BY id"
         for value, in self.select(command):
@@ -740,6 +746,10 @@ class Frames(Sequence):
     def energies(self) -> np.ndarray:
         """Energy of every frame, eV, [F]."""
         return self.gather([np.zeros(0)] + [part.energies() for part in self.parts])
+
+    def volumes(self) -> np.ndarray:
+        """Volume of every cell, Å³, [F]; 0 where it does not span space."""
+        return self.gather([np.zeros(0)] + [part.volumes() for part in self.parts])
 
     def materials(self) -> np.ndarray:
         """A number for the material of every frame, [F]: in order of appearance in the files."""
