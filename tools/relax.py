@@ -27,6 +27,7 @@ from ase.stress import voigt_6_to_full_3x3_stress
 from scipy.linalg import expm, expm_frechet
 
 import facet
+from tools.frames import BadInput
 
 # ─── The relaxation of one crystal ───────────────────────────────────────────────────────────────
 
@@ -163,10 +164,6 @@ def relax(
 
 
 # ─── Command line ────────────────────────────────────────────────────────────────────────────────
-
-
-class BadInput(ValueError):
-    """Input that cannot be used; the message is one sentence."""
 
 
 def read(path: Path) -> list[ase.Atoms]:

@@ -70,9 +70,9 @@ def errors(predictions: list[dict], frames) -> dict:
     stress = []
     for found, atoms in zip(predictions, frames, strict=True):
         wanted = labels(atoms)
-        energy.append(1000 * (found["energy"] - wanted["energy"]) / len(atoms))
-        forces.extend((found["forces"] - wanted["forces"]).ravel())
-        stress.extend((found["stress"] - wanted["stress"]).ravel() / units.GPa)
+        energy.append([1000 * (found["energy"] - wanted["energy"]) / len(atoms)])
+        forces.append((found["forces"] - wanted["forces"]).ravel())
+        stress.append((found["stress"] - wanted["stress"]).ravel() / units.GPa)
 
     table = {}
     for name, unit, differences in (
@@ -80,7 +80,7 @@ def errors(predictions: list[dict], frames) -> dict:
         ("force", "eV_per_A", forces),
         ("stress", "GPa", stress),
     ):
-        known = np.array(differences, float)
+        known = np.concatenate([[], *differences])
         known = known[np.isfinite(known)]
         table[f"{name}_mae_{unit}"] = float(np.abs(known).mean()) if len(known) else None
         table[f"{name}_rmse_{unit}"] = float(np.sqrt((known**2).mean())) if len(known) else None
@@ -102,16 +102,17 @@ def errors_by_group(predictions: list[dict], frames) -> dict[str, dict]:
 
 def force_errors(predictions: list[dict], frames) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of every atom with a labelled force: its symbol, |F| and |ΔF| in eV/Å; [N] each."""
-    symbols = []
-    size = []
-    error = []
+    symbols = [np.array([], str)]
+    size = [[]]
+    error = [[]]
     for found, atoms in zip(predictions, frames, strict=True):
         wanted = labels(atoms)["forces"]  # [N, 3]
-        symbols.extend(atoms.symbols)
-        size.extend(np.linalg.norm(wanted, axis=1))
-        error.extend(np.linalg.norm(found["forces"] - wanted, axis=1))
+        symbols.append(np.array(atoms.get_chemical_symbols()))
+        size.append(np.linalg.norm(wanted, axis=1))
+        error.append(np.linalg.norm(found["forces"] - wanted, axis=1))
+    symbols, size, error = np.concatenate(symbols), np.concatenate(size), np.concatenate(error)
     known = np.isfinite(error)
-    return np.array(symbols)[known], np.array(size)[known], np.array(error)[known]
+    return symbols[known], size[known], error[known]
 
 
 def errors_by_element(symbols: np.ndarray, error: np.ndarray) -> dict[str, float]:
@@ -124,8 +125,8 @@ def errors_by_element(symbols: np.ndarray, error: np.ndarray) -> dict[str, float
 
 def errors_by_size(size: np.ndarray, error: np.ndarray) -> list[tuple[float, float]]:
     """Mean |F| and mean |ΔF|, eV/Å, in up to twelve portions with as many atoms each."""
-    portions = np.array_split(np.argsort(size), min(12, len(size)))
-    return [(float(size[p].mean()), float(error[p].mean())) for p in portions]
+    portions = np.array_split(np.argsort(size), max(1, min(12, len(size))))
+    return [(float(size[p].mean()), float(error[p].mean())) for p in portions if len(p)]
 
 
 # ─── Baselines ───────────────────────────────────────────────────────────────────────────────────
@@ -277,8 +278,8 @@ def read_run(folder: Path) -> tuple[facet.Facet, SimpleNamespace]:
         raise BadInput(f"{path}: is damaged ({type(error).__name__})") from error
     settings = SimpleNamespace(**settings)
     device = "cpu"
-    if "cuda" in settings.device and torch.cuda.is_available():
-        device = settings.device
+    if settings.device != "cpu" and torch.cuda.is_available():
+        device = settings.device or "cuda"
     return facet.load(folder / "model.pt", device), settings
 
 
