@@ -1,0 +1,762 @@
+"""Tests of tools/frames.py and tools/emt.py: what files mean, what is refused, how sets are split.
+
+    pytest tools/test_frames.py
+"""
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import ase.build
+import ase.db
+import ase.io
+import numpy as np
+import pytest
+from ase import Atoms, units
+from ase.calculators.emt import EMT
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.constraints import FixAtoms
+
+from tools import emt, frames
+from tools.frames import BadInput, Names
+
+ROOT = Path(frames.__file__).resolve().parents[1]
+EV_PER_A3_IN_KBAR = 1602.1766208  # CODATA 2014, as in the files' own documentation
+CLOSE = dict(rtol=1e-7, atol=1e-7)  # extxyz keeps eight digits
+
+
+def copper(count: int = 12) -> list[Atoms]:
+    """Rattled copper with EMT's labels."""
+    crystals = []
+    for i in range(count):
+        atoms = ase.build.bulk("Cu", cubic=True)
+        atoms.rattle(0.1, seed=i)
+        crystals.append(with_emt(atoms))
+    return crystals
+
+
+def with_emt(atoms: Atoms) -> Atoms:
+    """The crystal with EMT's labels, as a file has them."""
+    atoms = atoms.copy()
+    atoms.calc = EMT()
+    labels = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces()}
+    if atoms.pbc.all():
+        labels["stress"] = atoms.get_stress()
+    atoms.calc = SinglePointCalculator(atoms, **labels)
+    return atoms
+
+
+def write(path: Path, crystals: list[Atoms]) -> str:
+    """The crystals in an extxyz file."""
+    ase.io.write(path, crystals, format="extxyz")
+    return str(path)
+
+
+def structure(symbols: list[str], abc: list, matrix=((4, 0, 0), (0, 4, 0), (0, 0, 5))) -> dict:
+    """A crystal as pymatgen writes it."""
+    sites = []
+    for symbol, place in zip(symbols, abc, strict=True):
+        sites.append({"species": [{"element": symbol, "occu": 1}], "abc": place})
+    return {"lattice": {"matrix": [list(row) for row in matrix]}, "sites": sites}
+
+
+def silicon() -> dict:
+    """One labelled frame of a list, without a stress."""
+    return {"structure": structure(["Si", "Si"], [[0, 0, 0], [0, 0.25, 0.4]]), "energy": -3.0,
+            "forces": [[0, 0, 1], [0, 0, -1]]}
+
+
+def write_json(path: Path, content) -> str:
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+def assert_same_frames(some, others, **tolerance):
+    """The same geometry and labels, in the same order."""
+    tolerance = tolerance or CLOSE
+    for a, b in zip(some, others, strict=True):
+        assert (a.numbers == b.numbers).all() and (a.pbc == b.pbc).all()
+        np.testing.assert_allclose(a.positions, b.positions, **tolerance)
+        np.testing.assert_allclose(a.cell.array, b.cell.array, **tolerance)
+        assert a.calc.results.keys() == b.calc.results.keys()
+        for name, label in a.calc.results.items():
+            np.testing.assert_allclose(label, b.calc.results[name], **tolerance)
+
+
+# ─── Labels and checks ───────────────────────────────────────────────────────────────────────────
+
+def test_frame_is_an_atoms_with_labels_and_origin(tmp_path):
+    crystals = copper()
+    crystals[2].info["config_type"] = "hot"
+    path = write(tmp_path / "a.extxyz", crystals)
+    found = frames.read([path])
+    assert_same_frames(found, crystals)
+    assert found[2].info == {"source": f"{path}, frame 2", "material": f"{path}: Cu4, run 1",
+                             "group": "hot"}
+    assert found[3].info["group"] == "" and isinstance(found[3].calc.results["energy"], float)
+    assert isinstance(found[3].calc, SinglePointCalculator)
+
+
+def set_label(name, value):
+    return lambda atoms: atoms.calc.results.update({name: value})
+
+
+BAD_FRAMES = {
+    "energy is NaN": set_label("energy", float("nan")),
+    "force is NaN or infinite": set_label("forces", np.full((4, 3), np.inf)),
+    "component of the stress is NaN": set_label("stress", np.array([1, np.nan, 0, 0, 0, 0])),
+    "looks like kbar": set_label("stress", np.array([12.0, 30.0, 5.0, 0.0, 0.0, 1.0])),
+    "has no forces": lambda atoms: atoms.calc.results.pop("forces"),
+    "has no energy": lambda atoms: setattr(atoms, "calc", None),
+    "position is NaN": lambda atoms: atoms.positions.fill(np.nan),
+    "has no volume": lambda atoms: atoms.set_cell([[4, 0, 0], [0, 4, 0], [4, 4, 0]]),
+    "has no volume; ": lambda atoms: atoms.set_cell([[4, 0, 0], [0, 4, 0], [0, 0, 0]]),
+}
+
+
+@pytest.mark.parametrize("message", BAD_FRAMES)
+def test_bad_frame_is_refused_by_its_name(message, tmp_path):
+    crystals = copper()
+    path = write(tmp_path / "data.extxyz", crystals)
+    assert len(frames.read([path])) == 12
+    BAD_FRAMES[message](crystals[3])
+    write(tmp_path / "data.extxyz", crystals)
+    with pytest.raises(BadInput, match=f"data.extxyz, frame 3.*{message}"):
+        frames.read([path])
+
+
+def test_frame_without_atoms_or_with_too_few_forces_is_refused():
+    good = frames.labelled(Atoms("Cu2"), -1.0, np.zeros((2, 3)))
+    assert frames.check(good) is good
+    with pytest.raises(BadInput, match="here: has no atoms"):
+        frames.check(frames.labelled(Atoms(), 0.0, np.zeros((0, 3))))
+    with pytest.raises(BadInput, match=r"here: 2 atoms, but forces of shape \(1, 3\)"):
+        frames.check(frames.labelled(Atoms("Cu2"), 0.0, np.zeros((1, 3))))
+
+
+def test_stress_of_nothing_but_nan_is_none(tmp_path):
+    crystals = copper(2)
+    crystals[1].calc.results["stress"] = np.full(6, np.nan)
+    found = frames.read([write(tmp_path / "a.extxyz", crystals)])
+    assert "stress" in found[0].calc.results and "stress" not in found[1].calc.results
+
+
+def test_stress_can_be_left_unread(tmp_path):
+    path = write(tmp_path / "a.extxyz", copper(2))
+    assert "stress" in frames.read([path])[1].calc.results
+    assert "stress" not in frames.read([path], use_stress=False)[1].calc.results
+
+
+def test_broken_file_is_refused_in_one_sentence(tmp_path):
+    text = Path(write(tmp_path / "whole.extxyz", copper())).read_text()
+    contents = {"cut.extxyz": (text[:len(text) // 2 + 40], "cannot be read, is it complete"),
+                "empty.extxyz": ("", "cannot be read"),
+                "unknown.abc": ("nothing that ASE knows", "cannot be read"),
+                "broken.db": ("no database", "cannot be read"),
+                "OUTCAR": ("vasp.6\n nothing", "try the vasprun.xml"),
+                "cut.json": ('{"mp-1": {"a": {"structure": ', "complete"),
+                "none.json": ("{}", "holds no structures"),
+                "list.json": ("[1, 2]", "frame 0: is no structure with labels, but '1'"),
+                "text.json": ('"word"', "begins with"),
+                "flat.json": ('{"mp-1": 1}', "MPtrj has")}
+    for name, (content, message) in contents.items():
+        (tmp_path / name).write_text(content)
+        with pytest.raises(BadInput, match=f"{name}.*{message}") as caught:
+            list(frames.iread(tmp_path / name))
+        assert "\n" not in str(caught.value)
+    for absent in ("absent.xyz", "absent*"):
+        with pytest.raises(BadInput, match="no such file"):
+            frames.read([str(tmp_path / absent)])
+
+
+@pytest.mark.parametrize("name", ["data.traj", "data.db", "data.extxyz.gz", "data.json.extxyz"])
+def test_every_format_gives_the_same_frames(name, tmp_path):
+    """Constraints, which set ASE's forces to zero, do not."""
+    crystals = copper(3)
+    for atoms in crystals:
+        atoms.set_constraint(FixAtoms([0]))
+    assert not crystals[1].get_forces()[0].any(), "the control: ASE applies constraints"
+    ase.io.write(tmp_path / name, crystals)
+    found = frames.read([str(tmp_path / name)])
+    assert_same_frames(found, crystals)
+    assert not found[1].constraints and found[1].get_forces()[0].any()
+
+
+def test_database_of_others_may_keep_labels_in_its_data(tmp_path):
+    crystals = copper(2)
+    with ase.db.connect(tmp_path / "data.db") as database:
+        for atoms in crystals:
+            labels = dict(atoms.calc.results)
+            atoms = atoms.copy()
+            database.write(atoms, key_value_pairs={"pbe": labels["energy"]},
+                           data={"grad": labels["forces"]})
+    found = frames.read([str(tmp_path / "data.db")], Names("pbe", "grad"))
+    for a, b in zip(found, crystals, strict=True):
+        assert a.calc.results["energy"] == b.calc.results["energy"]
+        assert (a.calc.results["forces"] == b.calc.results["forces"]).all()
+
+
+# ─── Names of labels ─────────────────────────────────────────────────────────────────────────────
+
+def renamed(crystals: list[Atoms]) -> list[Atoms]:
+    """The crystals with labels under names of another program, a virial for the stress."""
+    others = []
+    for atoms in crystals:
+        other = atoms.copy()
+        other.info["REF_energy"] = atoms.calc.results["energy"]
+        other.arrays["REF_forces"] = atoms.calc.results["forces"]
+        if "stress" in atoms.calc.results:
+            other.info["REF_virial"] = -atoms.get_volume() * atoms.get_stress(voigt=False)
+        others.append(other)
+    return others
+
+
+@pytest.mark.parametrize("names", [Names("REF_energy", "REF_forces", "REF_virial"),
+                                   Names("ref_Energy", "Ref_Forces", "REF_VIRIAL")])
+def test_labels_are_found_under_their_names_in_any_capitals(names, tmp_path):
+    crystals = copper(3)
+    path = write(tmp_path / "ref.extxyz", renamed(crystals))
+    assert_same_frames(frames.read([path], names), crystals)
+    with pytest.raises(BadInput, match="frame 0: has no energy.*--energy"):
+        frames.read([path])
+
+
+def test_exact_name_goes_before_other_capitals():
+    assert frames.look_up({"Energy": 1, "energy": 2}, "energy") == 2
+    assert frames.look_up({"Energy": 1, "energy": None}, "energy") == 1
+    assert frames.look_up({"Energies": 1}, "energy") is None
+
+
+def test_virial_of_a_frame_without_volume_is_no_stress(tmp_path):
+    crystals = [*copper(1), with_emt(Atoms("Cu2", [[0, 0, 0], [0, 0, 2.4]]))]
+    others = renamed(crystals)
+    others[1].info["REF_virial"] = np.eye(3)
+    path = write(tmp_path / "ref.extxyz", others)
+    found = frames.read([path], Names("REF_energy", "REF_forces", "REF_virial"))
+    np.testing.assert_allclose(found[0].get_stress(), crystals[0].get_stress(), **CLOSE)
+    assert "stress" not in found[1].calc.results
+
+
+@pytest.mark.parametrize("name", ["strss", "virials"])
+def test_name_of_a_stress_that_no_frame_has_is_refused(name, tmp_path):
+    path = write(tmp_path / "a.extxyz", copper(2))
+    assert len(frames.read([path], Names(stress="STRESS"))) == 2
+    with pytest.raises(BadInput, match=f"no frame of .*a.extxyz has a stress from '{name}'"):
+        frames.read([path], Names(stress=name))
+    for wrong in (Names(energy="enrgy"), Names(forces="frces")):
+        with pytest.raises(BadInput, match="frame 0: has no (enrgy|frces)"):
+            frames.read([path], wrong)
+
+
+def test_lone_atom_needs_no_forces(tmp_path):
+    alone = Atoms("H", info={"energy": -13.6, "config_type": "isolated_atom"})
+    pair = Atoms("H2", [[0, 0, 0], [0, 0, 0.7]], info={"energy": -31.0})
+    atom, = frames.read([write(tmp_path / "atom.xyz", [alone])])
+    assert atom.calc.results["energy"] == -13.6 and not atom.get_forces().any()
+    with pytest.raises(BadInput, match="frame 1: has no forces"):
+        frames.read([write(tmp_path / "pair.xyz", [alone, pair])])
+
+
+def test_labels_that_are_no_numbers_are_refused(tmp_path):
+    frame = silicon()
+    for name, value in (("energy", "low"), ("forces", [["a", 0, 0]] * 2), ("energy", [1.0, 2.0])):
+        path = write_json(tmp_path / "a.json", [{**frame, name: value}])
+        with pytest.raises(BadInput, match="a.json, frame 0: (the energy|forces)"):
+            list(frames.iread(path))
+
+
+# ─── Names of files ──────────────────────────────────────────────────────────────────────────────
+
+@pytest.mark.parametrize("name", ["a b.extxyz", "a@1.extxyz", "a[1].extxyz", "a#1.extxyz",
+                                  "-a.extxyz", "größe.extxyz", "a*.extxyz", "a@2.db", "a@0.json"])
+def test_name_of_a_file_means_itself(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if name.endswith("json"):
+        write_json(Path(name), [silicon()] * 3)
+        assert len(list(frames.iread(name))) == 3
+        return
+    write(Path("decoy1.extxyz"), copper(1))
+    shutil.copy("decoy1.extxyz", "a1.extxyz")
+    ase.io.write("other.extxyz", copper(3))
+    if name.endswith("db"):
+        ase.io.write("other.db", copper(3))
+    os.rename("other." + name.rsplit(".")[-1], name)
+    assert len(frames.read([name])) == 3
+
+
+def test_globs_are_recursive_and_a_file_counts_once(tmp_path):
+    (tmp_path / "deep" / "deeper").mkdir(parents=True)
+    for folder in (tmp_path, tmp_path / "deep", tmp_path / "deep" / "deeper"):
+        write(folder / "a.xyz", copper(2))
+    assert len(frames.read([str(tmp_path / "*.xyz")])) == 2
+    assert len(frames.read([str(tmp_path / "**" / "*.xyz")])) == 6
+    assert len(frames.read([str(tmp_path / "a.xyz"), str(tmp_path / "deep" / ".." / "*.xyz")])) == 2
+
+
+# ─── JSON ────────────────────────────────────────────────────────────────────────────────────────
+
+def test_mptrj_has_its_names_its_units_and_its_sign(tmp_path):
+    stress = np.array([[10.0, 1, 2], [1, 20, 3], [2, 3, 30]])  # kbar
+    frame = {"structure": silicon()["structure"], "corrected_total_energy": -3.0, "energy": 7.0,
+             "uncorrected_total_energy": 8.0, "force": [[0, 0, 1], [0, 0, -1]],
+             "stress": stress.tolist()}
+    path = write_json(tmp_path / "m.json", {"mp-1": {"mp-1-0": frame, "mp-1-1": frame},
+                                            "mp-2": {"mp-2-0": frame}})
+    first, second, third = frames.iread(path)
+    np.testing.assert_allclose(first.get_stress(voigt=False), -stress / EV_PER_A3_IN_KBAR)
+    assert first.get_potential_energy() == -3 and first.get_volume() == pytest.approx(80)
+    assert first.pbc.all() and first.get_forces()[1].tolist() == [0, 0, -1]
+    np.testing.assert_allclose(first.positions[1], [0, 1, 2])
+    assert first.info["source"] == f"{path}, frame mp-1-0"
+    assert [a.info["material"] for a in (first, second, third)] == ["mp-1", "mp-1", "mp-2"]
+    other, = {a.get_potential_energy() for a in frames.iread(path, Names("energy"))}
+    assert other == 7
+
+
+@pytest.mark.parametrize("layout, key, more, order", [
+    ("MatPES", "stress", {"matpes_id": "matpes-1"}, ["xx", "yy", "zz", "yz", "xz", "xy"]),
+    ("mlearn", "virial_stress", {"group": "MD"}, ["xx", "yy", "zz", "xy", "yz", "xz"])])
+def test_each_layout_has_its_own_order_of_stress(layout, key, more, order, tmp_path):
+    kbar = {"xx": 10.0, "yy": 20.0, "zz": 30.0, "yz": 1.0, "xz": 2.0, "xy": 3.0}
+    right = [-kbar[pair] / EV_PER_A3_IN_KBAR for pair in ("xx", "yy", "zz", "yz", "xz", "xy")]
+    labels = {"energy": -3.0, "forces": [[0, 0, 0]] * 2, key: [kbar[pair] for pair in order]}
+    inside = {"structure": silicon()["structure"], "outputs": labels, **more}
+    beside = {"structure": silicon()["structure"], **labels, **more}
+    for atoms in frames.iread(write_json(tmp_path / "l.json", [inside, beside])):
+        np.testing.assert_allclose(atoms.get_stress(), right)
+        assert atoms.info["group"] == more.get("group", "")
+
+
+def test_nine_numbers_of_stress_say_what_they_are(tmp_path):
+    matrix = [[10.0, 3, 2], [3, 20, 1], [2, 1, 30]]
+    for value in (matrix, np.ravel(matrix).tolist()):
+        atoms, = frames.iread(write_json(tmp_path / "a.json", [{**silicon(), "stress": value}]))
+        np.testing.assert_allclose(atoms.get_stress(),
+                                   np.array([10, 20, 30, 1, 2, 3]) / -EV_PER_A3_IN_KBAR)
+
+
+@pytest.mark.parametrize("stress, message", [([1.0, 2, 3], "has 3 numbers"),
+                                             ([1.0, 2, 3, 4, 5, 6], "order that the file does not"),
+                                             ("none", "not made of numbers")])
+def test_stress_that_does_not_say_what_it_is_is_refused(stress, message, tmp_path):
+    path = write_json(tmp_path / "a.json", [silicon(), {**silicon(), "stress": stress}])
+    with pytest.raises(BadInput, match=f"a.json, frame 1: .*{message}"):
+        list(frames.iread(path))
+
+
+def test_virial_in_json_is_in_ev(tmp_path):
+    path = write_json(tmp_path / "a.json", [{**silicon(), "virial": np.eye(3).tolist()}])
+    atoms, = frames.iread(path, Names(stress="virial"))
+    np.testing.assert_allclose(atoms.get_stress(), np.array([1, 1, 1, 0, 0, 0]) / -80)
+
+
+def test_json_is_read_whatever_its_dress(tmp_path):
+    """A byte-order mark, capitals in the name, gzip; outputs: null; the frames are the same."""
+    text = json.dumps([{**silicon(), "outputs": None}])
+    (tmp_path / "plain.json").write_text(text)
+    (tmp_path / "mark.json").write_text(text, encoding="utf-8-sig")
+    (tmp_path / "CAPITALS.JSON").write_text(text)
+    with gzip.open(tmp_path / "small.json.gz", "wt") as file:
+        file.write(text)
+    plain = list(frames.iread(tmp_path / "plain.json"))
+    for name in ("mark.json", "CAPITALS.JSON", "small.json.gz"):
+        assert_same_frames(frames.iread(tmp_path / name), plain)
+
+
+def test_pymatgen_structures_keep_their_meaning(tmp_path):
+    slab = silicon()
+    slab["structure"]["lattice"]["pbc"] = [True, True, False]
+    oxide = silicon()
+    oxide["structure"]["sites"][0]["species"][0]["oxidation_state"] = 4
+    heavy = silicon()
+    heavy["structure"]["sites"][0]["species"][0]["element"] = "D"
+    molecule = silicon()
+    molecule["structure"] = {"@class": "Molecule", "sites": [
+        {"species": [{"element": "Si", "occu": 1}], "xyz": [0, 0, z]} for z in (0.0, 2.0)]}
+    found = list(frames.iread(write_json(tmp_path / "a.json", [slab, oxide, heavy, molecule])))
+    assert [atoms.pbc.tolist() for atoms in found] == [[True, True, False], [True] * 3, [True] * 3,
+                                                       [False] * 3]
+    assert [atoms.get_chemical_formula() for atoms in found] == ["Si2", "Si2", "HSi", "Si2"]
+    assert found[3].cell.rank == 0 and found[3].positions[1].tolist() == [0, 0, 2]
+
+
+def test_crystal_that_is_not_one_is_refused(tmp_path):
+    shared, partial, unknown, bare, broken = (silicon() for _ in range(5))
+    shared["structure"]["sites"][0]["species"].append({"element": "C", "occu": 0.5})
+    partial["structure"]["sites"][0]["species"][0]["occu"] = 0.5
+    unknown["structure"]["sites"][0]["species"][0]["element"] = "X0+"
+    del bare["structure"]
+    del broken["structure"]["sites"][1]["species"]
+    for frame, message in ((shared, "several elements"), (partial, "occupied to 0.5"),
+                           (unknown, "no element"), (bare, "has no structure; it has energy"),
+                           (broken, "is no structure as pymatgen writes it")):
+        path = write_json(tmp_path / "a.json", [silicon(), frame])
+        with pytest.raises(BadInput, match=f"a.json, frame 1: .*{message}"):
+            list(frames.iread(path))
+
+
+def test_missing_label_in_json_is_told_with_what_is_there(tmp_path):
+    path = write_json(tmp_path / "l.json", [silicon()])
+    for names in (Names("total"), Names(forces="total")):
+        with pytest.raises(BadInput, match="l.json, frame 0: has no total; it has structure, "):
+            list(frames.iread(path, names))
+
+
+def test_read_sends_json_to_the_database(tmp_path):
+    path = write_json(tmp_path / "big.json", [silicon()])
+    with pytest.raises(BadInput, match="convert first: python -m tools.database .* big.db"):
+        frames.read([path])
+
+
+def test_streaming_equals_reading_at_once(tmp_path):
+    content = {}
+    for m in range(5):
+        for f in range(1 + m % 3):
+            key = f"mp-{m}-{f} [}}{{\"\u00e5"
+            content.setdefault(f"mp-{m}", {})[key] = {"a": [m, {"b": f}], "c": "],}{", "d": None}
+    as_objects = [([m, f], frame) for m, some in content.items() for f, frame in some.items()]
+    as_list = [([], frame) for _, frame in as_objects]
+
+    for wanted, value in ((as_objects, content), (as_list, [frame for _, frame in as_list])):
+        text = json.dumps(value)
+        (tmp_path / "m.json").write_text(text)
+        for size in (1, 7, 100, 2 ** 20):
+            with open(tmp_path / "m.json", encoding="utf-8") as file:
+                assert list(frames.stream(file, size)) == wanted, size
+        for cut in (5, len(text) // 2, len(text) - 1):
+            (tmp_path / "cut.json").write_text(text[:cut])
+            with open(tmp_path / "cut.json", encoding="utf-8") as file:
+                with pytest.raises((json.JSONDecodeError, EOFError)):
+                    list(frames.stream(file, 50))
+
+
+def test_mistake_in_json_is_found_without_reading_to_the_end(tmp_path):
+    path = tmp_path / "m.json"
+    path.write_text('[{"a": wrong}' + ", 1" * 2 ** 21 + "]")
+    with open(path) as file:
+        with pytest.raises(json.JSONDecodeError):
+            list(frames.stream(file, 2 ** 16))
+        assert file.tell() < path.stat().st_size / 2
+
+
+# ─── Many frames ─────────────────────────────────────────────────────────────────────────────────
+
+def alloys(count: int = 30, seed: int = 0) -> list[Atoms]:
+    """Random cells of random elements with random labels, here and there without a stress."""
+    rng = np.random.default_rng(seed)
+    crystals = []
+    for i in range(count):
+        n = int(rng.integers(2, 6))
+        atoms = Atoms(rng.choice(["Li", "O", "Fe"], n), 4 * rng.random((n, 3)), cell=[4, 5, 6],
+                      pbc=True)
+        stress = None if i % 4 == 0 else rng.normal(0, 0.1, 6)
+        crystals.append(frames.labelled(atoms, float(rng.normal()), rng.normal(size=(n, 3)), stress,
+                                        f"here, frame {i}", f"material {i // 2}"))
+    return crystals
+
+
+def test_columns_are_those_of_the_frames():
+    crystals = alloys()
+    rows = [3, 0, 7, 7, 29]
+    some = frames.in_memory(crystals).take(rows)
+    chosen = [crystals[row] for row in rows]
+    assert some.atom_counts().tolist() == [len(atoms) for atoms in chosen]
+    assert some.energies().tolist() == [atoms.calc.results["energy"] for atoms in chosen]
+    assert some.compositions([26, 3]).tolist() == [
+        [(atoms.numbers == 26).sum(), (atoms.numbers == 3).sum()] for atoms in chosen]
+    assert some.materials().tolist() == [1, 0, 3, 3, 14]
+    assert some.elements().tolist() == sorted({z for atoms in chosen for z in atoms.numbers})
+    assert [atoms.info["source"] for atoms in some[1:3]] == ["here, frame 0", "here, frame 7"]
+    assert some[-1].info["source"] == "here, frame 29"
+    with pytest.raises(IndexError):
+        some[5]
+    nothing = some[:0]
+    assert len(nothing) == 0 and nothing.elements().tolist() == []
+    assert nothing.compositions([26, 3]).shape == (0, 2) and not nothing.fingerprint()
+
+
+def test_elements_are_those_of_the_chosen_frames_only():
+    iron = frames.labelled(Atoms("Fe"), 0.0, np.zeros((1, 3)))
+    oxygen = frames.labelled(Atoms("O"), 0.0, np.zeros((1, 3)))
+    both = frames.in_memory([iron, oxygen])
+    assert both.elements().tolist() == [8, 26] and both[:1].elements().tolist() == [26]
+
+
+def test_changing_a_frame_does_not_change_the_set():
+    some = frames.in_memory(alloys(3))
+    before = some.fingerprint()
+    frame = some[1]
+    frame.positions += 1
+    frame.calc = None
+    assert some.fingerprint() == before and some[1].calc is not None
+
+
+CHANGES = {
+    "position": lambda atoms: atoms.positions.__setitem__((0, 0), atoms.positions[0, 0] + 1e-9),
+    "cell": lambda atoms: atoms.cell.__setitem__((0, 0), 4.001),
+    "pbc": lambda atoms: atoms.set_pbc([True, True, False]),
+    "element": lambda atoms: atoms.numbers.__setitem__(0, 1),
+    "energy": set_label("energy", 1.0),
+    "forces": lambda atoms: atoms.calc.results["forces"].__setitem__((0, 0), 9.0),
+    "stress": lambda atoms: atoms.calc.results["stress"].__setitem__(5, 9.0),
+    "no stress": lambda atoms: atoms.calc.results.pop("stress")}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_fingerprint_changes_with(what):
+    crystals = alloys(6)
+    before = frames.in_memory(crystals).fingerprint()
+    assert frames.in_memory(alloys(6)).fingerprint() == before
+    CHANGES[what](crystals[3])
+    assert frames.in_memory(crystals).fingerprint() != before
+
+
+def test_fingerprint_changes_with_the_order():
+    some = frames.in_memory(alloys(6))
+    assert some.take([1, 0, 2, 3, 4, 5]).fingerprint() != some.fingerprint()
+
+
+def test_sample_is_evenly_spread():
+    some = frames.in_memory(alloys(30))
+    sources = [atoms.info["source"] for atoms in frames.sample(some, 4)]
+    assert sources == [f"here, frame {i}" for i in (0, 9, 19, 29)]
+    assert len(frames.sample(some)) == 30
+
+
+# ─── Materials, splits, sets ─────────────────────────────────────────────────────────────────────
+
+def test_consecutive_frames_of_a_formula_are_one_material(tmp_path):
+    kinds = [Atoms(symbols, np.eye(3)[:2] * 2) for symbols in ("Cu2", "Cu2", "Ni2", "Cu2", "NiCu")]
+    path = write(tmp_path / "a.xyz", [with_emt(atoms) for atoms in kinds])
+    assert frames.read([path]).materials().tolist() == [0, 0, 1, 2, 3]
+    other = shutil.copy(path, tmp_path / "b.xyz")
+    assert frames.read([path, str(other)]).materials().tolist() == [0, 0, 1, 2, 3, 4, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("key", ["mptrj_traj_id", "material_id", "material"])
+def test_material_that_a_frame_names_is_its_material(key, tmp_path):
+    crystals = copper(4)
+    for atoms, name in zip(crystals, ["mp-1", "mp-2", "mp-1", 12], strict=True):
+        atoms.info[key] = name
+    found = frames.read([write(tmp_path / "a.xyz", crystals)])
+    assert found.materials().tolist() == [0, 1, 0, 2]
+    assert found[3].info["material"] == "#12", "ASE's databases would refuse the text 12"
+
+
+def test_split_keeps_a_material_on_one_side():
+    some = frames.in_memory(alloys(60))
+    rest, held = frames.split(some, 0)
+    assert (len(rest), len(held)) == (54, 6)
+    assert not set(rest.materials()) & set(held.materials())
+    assert frames.split(some, 1)[1].fingerprint() != held.fingerprint()
+    assert len(frames.split(some, 0, share=0.5)[1]) == 30
+
+
+def test_split_has_the_rows_it_always_had():
+    """Published runs were split so: by materials, and by frames where materials are few."""
+    def sources(some):
+        return [int(atoms.info["source"].split()[-1]) for atoms in some]
+
+    many = frames.in_memory(alloys(60))
+    assert sources(frames.split(many, 3)[1]) == PINNED_BY_MATERIAL
+    few = frames.in_memory(alloys(18))
+    assert len(set(few.materials())) == 9
+    assert sources(frames.split(few, 3)[1]) == PINNED_BY_FRAME
+
+
+# of numpy.random.default_rng(3).permutation the first 3 of 30 materials of two frames, 1 of 18
+PINNED_BY_MATERIAL = [40, 41, 46, 47, 52, 53]
+PINNED_BY_FRAME = [15]
+
+
+def free(symbol: str, box: float = 0.0) -> Atoms:
+    """A free atom, in a periodic box if there is one."""
+    atoms = Atoms(symbol, cell=[box] * 3, pbc=box > 0)
+    return frames.labelled(atoms, -1.0, np.zeros((1, 3)), source=f"free {symbol}")
+
+
+@pytest.mark.parametrize("box", [0.0, 20.0])
+@pytest.mark.parametrize("count", [12, 60])  # split by frames, split by materials
+def test_free_atoms_stay_in_training(box, count):
+    crystals = alloys(count)
+    loose = [free(symbol, box) for symbol in ("Li", "O", "Fe")]
+    some = frames.in_memory([loose[0], *crystals[:5], loose[1], *crystals[5:], loose[2]])
+    without = frames.in_memory(crystals)
+    for seed in range(20):
+        rest, held = frames.split(some, seed)
+        assert sum(len(atoms) == 1 for atoms in rest) == 3
+        assert [atoms.info["source"] for atoms in held] == \
+               [atoms.info["source"] for atoms in frames.split(without, seed)[1]]
+
+    # the control: one atom in a small cell is a crystal like any other
+    dense = frames.in_memory([free("Li", 3.0), *crystals])
+    assert not frames.free_atoms(dense).any() and frames.free_atoms(some).sum() == 3
+    assert any(len(frames.split(dense, seed)[1][0]) == 1 for seed in range(60))
+
+
+def test_one_frame_cannot_be_split():
+    for crystals in (alloys(1), [free("Li"), free("O")], []):
+        with pytest.raises(BadInput, match="cannot be split"):
+            frames.split(frames.in_memory(crystals), 0)
+
+
+def settings(**more) -> SimpleNamespace:
+    """What load looks at."""
+    usual = dict(train=(), valid=(), test=(), seed=0, energy="", forces="", stress="",
+                 stress_weight=0.1)
+    return SimpleNamespace(**{**usual, **more})
+
+
+def test_load_sets_aside_what_is_not_given(tmp_path):
+    paths = {}
+    for number, name in enumerate(("train", "valid", "test")):
+        crystals = alloys(50 - 20 * number, seed=number)
+        for atoms in crystals:
+            atoms.info = {"material": atoms.info["material"]}
+        paths[name] = (write(tmp_path / f"{name}.xyz", crystals),)
+
+    def sizes(**more):
+        sets = frames.load(settings(**more), tmp_path)
+        for some, other in ((0, 1), (0, 2), (1, 2)):
+            shared = ({a.info["source"] for a in sets[some]}
+                      & {a.info["source"] for a in sets[other]})
+            assert not shared
+        return [len(some) for some in sets]
+
+    train, valid, test = paths["train"], paths["valid"], paths["test"]
+    assert sizes(train=train) == [42, 4, 4]  # 25 materials of two frames: 2 of them, 2 of 23
+    assert sizes(train=train, test=test) == [46, 4, 10]
+    assert sizes(train=train, valid=valid) == [46, 30, 4]
+    assert sizes(train=train, valid=valid, test=test) == [50, 30, 10]
+    assert sizes(train=train, valid=("0",), test=test) == [50, 0, 10]
+    assert sizes(train=train, valid=("0",), test=("0",)) == [50, 0, 0]
+
+
+def test_load_hands_on_names_and_weights(tmp_path):
+    path = write(tmp_path / "ref.xyz", renamed(copper(12)))
+    names = dict(energy="REF_energy", forces="REF_forces", stress="REF_virial")
+    train, _, _ = frames.load(settings(train=(path,), **names), tmp_path)
+    assert "stress" in train[0].calc.results
+    train, _, _ = frames.load(settings(train=(path,), stress_weight=0, **names), tmp_path)
+    assert "stress" not in train[0].calc.results
+
+
+def test_load_makes_the_embedded_set_once(tmp_path, monkeypatch):
+    made = []
+    write_set = emt.write
+
+    def write_few(path):
+        made.append(path)
+        write_set(path, count=20)
+
+    monkeypatch.setattr(emt, "write", write_few)
+    for _ in range(2):
+        sets = frames.load(settings(), tmp_path / "runs")
+        assert sum(map(len, sets)) == 20
+    assert made == [tmp_path / "runs" / "emt.extxyz"]
+
+
+def test_embedded_set_is_the_same_every_time_without_what_is_held_out(tmp_path, monkeypatch):
+    emt.write(tmp_path / "a.extxyz", count=30)
+    emt.write(tmp_path / "b.extxyz", count=30)
+    first = frames.read([str(tmp_path / "a.extxyz")])
+    second = frames.read([str(tmp_path / "b.extxyz")])
+    assert first.fingerprint() == second.fingerprint()
+    np.testing.assert_allclose(first.energies()[:3], PINNED_EMT, atol=1e-5)
+    assert not list(tmp_path.glob("*part*"))
+
+    # a crystal of the composition that is held out is left out, whatever its size
+    held_out = ase.build.bulk("Cu", cubic=True) * (2, 1, 1)
+    held_out.symbols = ["Au", "Cu", "Cu", "Cu"] * 2
+    queue = [held_out, *copper(1)]
+    monkeypatch.setattr(emt, "random_crystal", lambda rng: queue.pop(0))
+    emt.write(tmp_path / "c.extxyz", count=1)
+    assert not queue and frames.read([str(tmp_path / "c.extxyz")]).elements().tolist() == [29]
+    assert emt.held_out_start().get_chemical_formula() == "AuCu3"
+
+
+PINNED_EMT = [0.349464, 1.134245, 2.316218]  # eV, of the first three crystals
+
+
+# ─── Warnings ────────────────────────────────────────────────────────────────────────────────────
+
+def varied() -> list[Atoms]:
+    """Copper in cells of three sizes."""
+    crystals = []
+    for i in range(12):
+        atoms = ase.build.bulk("Cu", cubic=True) * (1 + i % 3, 1, 1)
+        atoms.rattle(0.1, seed=i)
+        crystals.append(with_emt(atoms))
+    return crystals
+
+
+def warned(crystals: list[Atoms], change) -> list[str]:
+    """What is said of the crystals after change(number, energy, forces, stress) → labels."""
+    others = []
+    for i, atoms in enumerate(crystals):
+        energy = atoms.calc.results["energy"] - 3.5 * len(atoms)
+        labels = change(i, energy, atoms.get_forces(), atoms.get_stress())
+        others.append(frames.labelled(atoms, *labels, source=f"here, frame {i}"))
+    return frames.warnings(frames.in_memory(others))
+
+
+def test_suspicious_labels_are_named():
+    crystals = varied()
+    assert warned(crystals, lambda i, e, f, s: (e, f, s)) == []
+    assert frames.warnings(frames.in_memory([])) == []
+
+    text, = warned(crystals, lambda i, e, f, s: (e / len(f), f, s))
+    assert "here, frame 0" in text and "per atom" in text
+
+    def pushed(i, energy, forces, stress):
+        forces[0, 0] += 1.0 * (i == 5)
+        return energy, forces, stress
+
+    text, = warned(crystals, pushed)
+    assert "1 of 12 frames" in text and "here, frame 5" in text and "sum to zero" in text
+
+    text, = warned(crystals, lambda i, e, f, s: (e, f, s + 2.0 * (i == 7)))
+    assert "eV/Å³" in text and "here, frame 7" in text
+
+
+# ─── Command ─────────────────────────────────────────────────────────────────────────────────────
+
+def test_command_reports_on_a_data_set(tmp_path, capsys):
+    crystals = copper(3)
+    crystals[0].info["config_type"] = "hot"
+    molecule = with_emt(Atoms("CuNi", [[0, 0, 0], [0, 0, 2.125]]))
+    path = write(tmp_path / "a.extxyz", [*crystals, molecule])
+    assert frames.main([path]) == 0
+    page = capsys.readouterr().out
+    for words in ("frames              4, of 2 materials", "2 to 4, median 4 per frame, 14 in all",
+                  "  Ni                     1         1", "  Cu                     4        13",
+                  "  hot                    1", "1 along 0 axes, 3 along 3 axes",
+                  "stress              in 3 of 4 frames", "no warnings",
+                  f"shortest distance   2.125 Å, in {path}, frame 3"):
+        assert words in page, page
+    energies = [atoms.calc.results["energy"] / len(atoms) for atoms in [*crystals, molecule]]
+    assert f"{min(energies):.3f} to {max(energies):.3f}" in page
+    largest = max(np.abs(atoms.get_stress()).max() for atoms in crystals) / units.GPa
+    assert f"to {largest:.2f}, median" in page
+
+
+def test_command_takes_names_and_json(tmp_path, capsys):
+    path = write(tmp_path / "ref.extxyz", renamed(copper(2)))
+    assert frames.main([path, "--energy", "REF_energy", "--forces", "REF_forces"]) == 0
+    assert "in 0 of 2 frames" in capsys.readouterr().out
+    assert frames.main([write_json(tmp_path / "a.json", [silicon()])]) == 0
+
+
+def test_command_ends_in_one_sentence(tmp_path):
+    for arguments, code in (["absent.xyz"], 1), (["--help"], 0):
+        done = subprocess.run([sys.executable, "-m", "tools.frames", *arguments], cwd=ROOT,
+                              capture_output=True, text=True)
+        assert done.returncode == code and "Traceback" not in done.stderr
+        if code:
+            assert done.stderr == "error: absent.xyz: no such file\n"
+        else:
+            assert "python -m tools.frames si_train.extxyz" in done.stdout
