@@ -229,10 +229,9 @@ def table_line(name: str, table: dict) -> str:
 
 def print_table(rows: dict[str, dict], groups: dict[str, dict], structures: int) -> None:
     """Facet and the baselines; a line for each group, where the files name several."""
-    heading = f"{structures} test structures"
     print(
-        f"\n{heading:31s}energy MAE (RMSE) meV/atom    force MAE (RMSE) eV/Å"
-        "    stress MAE (RMSE) GPa"
+        f"\n{structures} test structures               energy MAE (RMSE) meV/atom"
+        "    force MAE (RMSE) eV/Å    stress MAE (RMSE) GPa"
     )
     for name, table in rows.items():
         print(table_line(name, table))
