@@ -1,6 +1,6 @@
 """Train a Facet on a laptop in minutes, or leave it running on GPUs overnight.
 
-    python train_small.py                      # embedded data (EMT metals): 2 minutes on 2 CPU cores
+    python train_small.py                       # embedded data (EMT metals), 2 minutes on 2 cores
     python train_small.py --train si_train.extxyz --test si_test.extxyz --name si    # your own data
     python -m tools.database MPtrj_2022.9_full.json mptrj.db    # large sets become an ASE database
     python train_small.py --train mptrj.db --species all --channels 64 --minutes 6000 --name mptrj
@@ -46,7 +46,7 @@ import facet
 from tools import report
 from tools.frames import BadInput, Frames, load, sample, warnings
 
-MPTRJ = [s for s in chemical_symbols[1:95] if s not in ("Po", "At", "Rn", "Fr", "Ra")]  # 89 elements
+MPTRJ = [s for s in chemical_symbols[1:95] if s not in ("Po", "At", "Rn", "Fr", "Ra")]  # its 89
 WEIGHT_DECAY = 1e-3  # of AdamW
 CLIP = 1.0           # longest gradient allowed
 SAVE_SECONDS = 300   # a checkpoint at least this often, and with every line of the log
@@ -56,9 +56,9 @@ WATCHED = 50         # validation frames that the log looks at
 
 
 def setting(default, text: str, least: float | None = None, above: float | None = None):
-    """A field of Settings: what the command line says of it, and what a number must not fall below.
+    """A field of Settings, with what --help says of it.
 
-    least: the smallest value allowed; above: a bound that is not allowed itself.
+    A number must not be below `least`, or must be larger than `above`.
     """
     return field(default=default, metadata={"help": text, "least": least, "above": above})
 
@@ -69,30 +69,23 @@ class Settings:
 
     # Data
     train: tuple[str, ...] = setting((), "files to train on; none: an embedded set of EMT metals")
-    valid: tuple[str, ...] = setting((), "files to validate on; none: a tenth of the training "
-                                     "materials, set aside; 0: no validation")
-    test: tuple[str, ...] = setting((), "files to test on; none: a tenth of the training "
-                                    "materials, set aside; 0: no test")
+    valid: tuple[str, ...] = setting((), "files to validate on; none: a tenth of train; 0: nothing")
+    test: tuple[str, ...] = setting((), "files to test on; none: a tenth of train; 0: nothing")
     energy: str = setting("", "name of the energy in the files; by default energy")
     forces: str = setting("", "name of the forces; by default forces")
     stress: str = setting("", "name of the stress (if virial is in it: of the virial in eV)")
-    E0: str = setting("", "energies of free atoms in eV, such as Si=-0.79,O=-1.56; those not given "
-                      "are fitted to the data")
-    species: str = setting("", "elements the model shall know, such as Si,O, or all for the 89 of "
-                           "MPtrj; by default those of the training data")
+    E0: str = setting("", "eV of free atoms, such as Si=-0.79,O=-1.56; others are fitted")
+    species: str = setting("", "elements to know, such as Si,O, or all; by default those of train")
 
     # Run
-    name: str = setting("", "results go to runs/NAME, never over old ones; by default the name of "
-                        "the first file")
+    name: str = setting("", "results go to runs/NAME; by default the name of the first file")
     epochs: float = setting(0.0, "times through the data; 0: 40, or 25 for the embedded set", 0)
     steps: int = setting(0, "number of steps, instead of epochs", 0)
-    minutes: float = setting(0.0, "a budget: the learning rate follows the clock and is zero when "
-                             "it is spent, or after the epochs; 0: none", 0)
+    minutes: float = setting(0.0, "end by the clock, if epochs do not end before; 0: never", 0)
     seed: int = setting(0, "of the weights, the order of the data and the splits", 0)
     device: str = setting("", "cpu, cuda, cuda:1, …; by default cuda if there is one")
     threads: int = setting(0, "CPU threads; 0: as PyTorch chooses", 0)
-    workers: int = setting(-1, "processes that make neighbour lists; -1: none while the lists fit "
-                           "in memory, else all cores but one", -1)
+    workers: int = setting(-1, "processes that make neighbour lists; -1: as many as it takes", -1)
 
     # Model
     cutoff: float = setting(5.0, "Å, how far an atom sees in one layer", above=0)
@@ -103,22 +96,17 @@ class Settings:
     activation: str = setting("product", "of the grid layer: product or silu")
 
     # Optimisation
-    batch_atoms: int = setting(0, "atoms per step at mean density (what is bounded are neighbours, "
-                               "so memory); 0: ten structures, at most 256", 0)
+    batch_atoms: int = setting(0, "atoms per step; 0: those of ten structures, at most 256", 0)
     lr: float = setting(5e-3, "highest learning rate of AdamW", above=0)
-    muon_lr: float = setting(1e-2, "highest learning rate of Muon, which trains the matrices that "
-                             "mix paths", above=0)
+    muon_lr: float = setting(1e-2, "highest learning rate of Muon, for matrices that mix", above=0)
     muon_decay: float = setting(1.0, "weight decay of Muon, against learning the set by heart", 0)
-    ema: float = setting(0.99, "averaging of the weights; the averaged ones are tested and saved",
-                         0)
-    energy_weight: float = setting(1.0, "weight of the energy loss in the end; it begins with a "
-                                   "twentieth. Forces have weight 1", above=0)
-    stress_weight: float = setting(0.1, "weight of the stress loss; 0: labels are not used", 0)
-    huber: float = setting(0.1, "errors beyond this fraction of the force RMS count linearly",
-                           above=0)
+    ema: float = setting(0.99, "averaging of the weights that are tested and saved, below 1", 0)
+    energy_weight: float = setting(1.0, "of the energy loss in the end; forces have 1", above=0)
+    stress_weight: float = setting(0.1, "of the stress loss; 0: labels are not used", 0)
+    huber: float = setting(0.1, "errors count linearly beyond this times the force RMS", above=0)
 
     def __post_init__(self):
-        """Raise ValueError, in one sentence, for a number out of range."""
+        """Raise ValueError, in one sentence, for a value out of range."""
         for f in fields(self):
             value = getattr(self, f.name)
             least = f.metadata["least"]
@@ -127,12 +115,12 @@ class Settings:
                 raise ValueError(f"--{f.name} {value}: must be a number from {least} on")
             if above is not None and not above < value < math.inf:
                 raise ValueError(f"--{f.name} {value}: must be a number above {above}")
-        if not self.ema < 1:
+        if self.ema >= 1:
             raise ValueError(f"--ema {self.ema}: must be below 1")
-        if self.activation not in ("product", "silu"):
-            raise ValueError(f"--activation {self.activation}: must be product or silu")
         if self.seed >= 2 ** 63:
             raise ValueError(f"--seed {self.seed}: must be below 2⁶³")
+        if self.activation not in ("product", "silu"):
+            raise ValueError(f"--activation {self.activation}: must be product or silu")
 
 
 class Team(NamedTuple):
@@ -161,8 +149,8 @@ ALONE = Team()
 def reference_energies(frames: Frames, numbers: np.ndarray, given: dict, cutoff: float):
     """E0 per species, [Z] eV: the energy that composition alone explains, by least squares.
 
-    numbers [Z]; given: {atomic number: eV}. Given energies stay. Where the data hold a free atom
-    (one atom that has no neighbour), its energy is E0: nothing else is the limit of large distances.
+    numbers [Z]; given: {atomic number: eV}, which stay. Where the data hold a free atom (one atom
+    that has no neighbour), its energy is E0: nothing else is the limit of large distances.
     """
     counts = frames.compositions(numbers)  # [F, Z]
     atoms = frames.atom_counts()  # [F]
@@ -305,7 +293,7 @@ class Samples(torch.utils.data.Dataset):
         return self.graphs[i]
 
     def crowd(self) -> np.ndarray:
-        """Neighbours of the most crowded atom of each frame, [F]; by density where frames are many."""
+        """Neighbours of each frame's most crowded atom, [F]; where frames are many, a guess."""
         if self.graphs is not None:
             found = [np.bincount(self.graph(i).dst, minlength=1) for i in range(len(self.atoms))]
             return np.array([neighbours_of.max() for neighbours_of in found])
@@ -355,12 +343,12 @@ def plan(atoms: np.ndarray, crowd: np.ndarray, budget: float, rng: np.random.Gen
     """One epoch: every frame in one batch, in random order; little of what they hold is padding.
 
     atoms, crowd [F], budget in padded neighbours → a list of arrays of frame numbers. A batch costs
-    time and memory for atoms × neighbours of its most crowded atom. As many frames are taken as fit,
-    at least one; a quarter more than the budget may be, lest two frames of half of it be parted.
+    time and memory for atoms × neighbours of its most crowded atom. As many frames are taken as
+    fit, at least one; a quarter more than the budget may be, lest two of half of it be parted.
 
-    Frames are drawn at random in portions and sorted by crowd within each. The portions are as small
-    as they can be: frames that are equally crowded are often alike, and batches of frames that are
-    alike train badly (silicon in one portion: forces 3 % worse).
+    Frames are drawn at random in portions and sorted by crowd within each. The portions are as
+    small as they can be: frames that are equally crowded are often alike, and batches of frames
+    that are alike train badly (silicon in one portion: forces 3 % worse).
     """
     order = rng.permutation(len(atoms))
     used = (atoms * crowd).sum()  # neighbours without padding
@@ -417,34 +405,14 @@ def losses(out: dict, target: dict, count: torch.Tensor, scale: float, huber: fl
     is the mean. Where there is no label the error counts as zero.
     """
     atoms = target["atoms"]  # [S]
-    per_atom = {"energy": atoms, "forces": torch.ones_like(atoms[:1])[:, None],
-                "virial": atoms[:, None, None]}
-    limits = {"energy": huber / 10, "forces": huber, "virial": huber}
-
     total = []
-    for name, limit in limits.items():
+    for name, per, beta in (("energy", atoms, huber / 10), ("forces", 1, huber),
+                            ("virial", atoms[:, None, None], huber)):
         labelled = target[name].isfinite()
-        error = (out[name] - target[name].nan_to_num()) * labelled / per_atom[name] / scale
-        zero = torch.zeros_like(error)
-        total.append(smooth_l1_loss(error, zero, beta=limit, reduction="sum").float())
+        error = (out[name] - target[name].nan_to_num()) / per / scale
+        loss = smooth_l1_loss(error, torch.zeros_like(error), beta=beta, reduction="none")
+        total.append((loss * labelled).sum().float())
     return torch.stack(total) / count.clamp(min=1)  # [3]
-
-
-def culprits(model: facet.Facet, samples: Samples, rows: np.ndarray, s: Settings) -> list[str]:
-    """Names of the frames whose own loss or gradient is not finite."""
-    alone = Samples(samples.frames, samples.config)
-    scale, device = model.config.energy_scale, model.readout.device
-    found = []
-    for i in rows:
-        _, batch, target = alone[np.array([i])]
-        target = {name: value.to(device) for name, value in target.items()}
-        out = model(batch.to(device), differentiable=True)
-        loss = losses(out, target, target["count"], scale, s.huber).sum()
-        gradient = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-        values = [loss, *(g for g in gradient if g is not None)]
-        if not all(value.isfinite().all() for value in values):
-            found.append(samples.frames[int(i)].info["source"])
-    return found
 
 
 # ─── Training ─────────────────────────────────────────────────────────────────────────────────────
@@ -455,11 +423,9 @@ class Log:
 
     columns = ("step seconds loss loss_energy loss_forces loss_stress energy_mae_meV_per_atom "
                "force_mae_meV_per_A stress_mae_GPa lr gradient structures_per_s").split()
-    heading = ("   step    loss  (energy  forces  stress)   energy MAE    force MAE   stress MAE"
-               "        lr  structures/s      left")
 
     def __init__(self, folder: Path, valid: Frames, length: int):
-        """length: bytes of metrics.csv that a resumed run keeps; the rest is done again."""
+        """length: bytes of metrics.csv that a resumed run keeps; what follows is done again."""
         self.path = folder / "metrics.csv"
         self.watched = valid.take(np.random.default_rng(0).permutation(len(valid))[:WATCHED])
         self.shown = 0.0
@@ -467,7 +433,8 @@ class Log:
         os.truncate(self.path, length)
         if length == 0:
             self.write(self.columns)
-        print(self.heading, flush=True)
+        print("   step    loss  (energy  forces  stress)   energy MAE    force MAE   stress MAE"
+              "        lr  structures/s      left", flush=True)
 
     def write(self, row: list) -> None:
         """A line that is on the disk when this returns."""
@@ -476,36 +443,31 @@ class Log:
             file.flush()
             os.fsync(file.fileno())
 
-    def line(self, model, step, seconds, left, loss, parts, lr, gradient, rate) -> None:
-        """Losses, errors on the watched frames (dashes where there are none), rate, time left."""
-        mae = [math.nan] * 3
-        if len(self.watched):
-            e = report.errors(report.predict(model, self.watched), self.watched)
-            force = e["force_mae_eV_per_A"]
-            mae = [e["energy_mae_meV_per_atom"], None if force is None else 1000 * force,
-                   e["stress_mae_GPa"]]
-            mae = [math.nan if value is None else value for value in mae]
-        self.write([step, f"{seconds:.1f}", loss, *parts, *mae, lr, gradient, f"{rate:.1f}"])
+    def errors(self, model: facet.Facet) -> list[float]:
+        """MAE on the watched frames: meV/atom, meV/Å, GPa; nan where there are no labels."""
+        if len(self.watched) == 0:
+            return [math.nan] * 3
+        e = report.errors(report.predict(model, self.watched), self.watched)
+        found = [e["energy_mae_meV_per_atom"], e["force_mae_eV_per_A"], e["stress_mae_GPa"]]
+        energy, forces, stress = (math.nan if mae is None else mae for mae in found)
+        return [energy, 1000 * forces, stress]
 
-        energy, forces, stress = parts
-        shown = [f"{value:{width}}" if value == value else f"{'–':>{width.split('.')[0]}}"
-                 for value, width in zip(mae, ("8.2f", "7.1f", "8.3f"))]
-        self.clear()
-        print(f"{step:7d} {loss:7.4f} ({energy:7.5f} {forces:7.4f} {stress:7.4f}) {shown[0]} meV "
-              f"{shown[1]} meV/Å {shown[2]} GPa {lr:9.1e} {rate:13.1f} {duration(left):>9}",
-              flush=True)
+    def line(self, model, step, seconds, left, losses, lr, gradient, rate) -> None:
+        """losses: in all, of energy, forces, stress; left: seconds; rate: structures per second."""
+        mae = self.errors(model)
+        self.write([step, f"{seconds:.1f}", *losses, *mae, lr, gradient, f"{rate:.1f}"])
+        self.show("{:7d} {:7.4f} ({:7.5f} {:7.4f} {:7.4f}) {:8.2f} meV {:7.1f} meV/Å {:8.3f} GPa "
+                  "{:9.1e} {:13.1f} {:>9}".format(step, *losses, *mae, lr, rate, duration(left)))
 
-    def progress(self, step: int, steps: int, loss: float, left: float) -> None:
-        """On a terminal only, twice a second: a line that is written over."""
+    def progress(self, step: int, steps: int, left: float) -> None:
+        """On a terminal only, twice a second: a line that the next one overwrites."""
         if sys.stdout.isatty() and time.perf_counter() > self.shown + 0.5:
-            self.clear()
-            print(f"step {step} of {steps}, loss {loss:.4f}, {duration(left)} left", end="",
-                  flush=True)
             self.shown = time.perf_counter()
+            self.show(f"step {step} of {steps}, {duration(left)} left", end="")
 
-    def clear(self) -> None:
-        if sys.stdout.isatty():
-            print("\r\033[K", end="")
+    def show(self, text: str, end: str = "\n") -> None:
+        over = "\r\033[K" if sys.stdout.isatty() else ""
+        print(over + text, end=end, flush=True)
 
 
 def duration(seconds: float) -> str:
@@ -567,6 +529,7 @@ def train(model: facet.Facet, frames: Frames, valid: Frames, s: Settings, folder
         adamw.load_state_dict(resumed["optimizers"][0])
         muon.load_state_dict(resumed["optimizers"][1])
         step, earlier = resumed["step"], resumed["seconds"]
+    first = step
     engine = torch.nn.parallel.DistributedDataParallel(model) if team.size > 1 else model
 
     # Batches: as many neighbours as ten structures have, or batch_atoms at mean density
@@ -579,10 +542,11 @@ def train(model: facet.Facet, frames: Frames, valid: Frames, s: Settings, folder
     workers = s.workers
     if workers < 0:
         workers = 0 if samples.graphs is not None else max(1, os.cpu_count() // team.size - 1)
-    batches = islice(chain.from_iterable(plans), step, None)
+    batches = islice(chain.from_iterable(plans), first, None)
     stream = iter(loader(samples, batches, workers, device.type == "cuda"))
 
     log = Log(folder, valid, resumed["log"] if resumed else 0) if team.rank == 0 else None
+    data = frames.fingerprint()
     start = time.perf_counter()
     seen, edges, slots = 0, 0, 0  # structures, neighbours, neighbours with padding
     waited, watching = 0.0, 0.0  # seconds
@@ -601,7 +565,7 @@ def train(model: facet.Facet, frames: Frames, valid: Frames, s: Settings, folder
             facet.save(model, folder / "checkpoint.pt", averaged=averaged.state_dict(),
                        optimizers=[adamw.state_dict(), muon.state_dict()], step=step,
                        seconds=elapsed(), settings=asdict(s), log=os.path.getsize(log.path),
-                       data=frames.fingerprint())
+                       data=data)
         return elapsed()
 
     progress = begun = done(earlier)
@@ -638,7 +602,7 @@ def train(model: facet.Facet, frames: Frames, valid: Frames, s: Settings, folder
             news = torch.cat([parts.detach(), gradient.detach()[None] / team.size, mine])  # [6]
             *parts, gradient, seconds, stop = team.sum(news).tolist()
             if not np.isfinite([*parts, gradient]).all():
-                give_up(model, samples, rows, s, step, folder, team)
+                give_up(model, samples, rows, s, f"at step {step} of {folder}", team)
 
             # Step: warm-up, then a cosine to zero; the average of the weights follows
             schedule = min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * progress))
@@ -653,20 +617,19 @@ def train(model: facet.Facet, frames: Frames, valid: Frames, s: Settings, folder
 
             # Log twenty times; save then, and every few minutes, and before a stop
             before, progress = progress, done(seconds)
-            loss = sum(w * p for w, p in zip(weights.tolist(), parts))
+            total = sum(w * p for w, p in zip(weights.tolist(), parts))
             left = (seconds - earlier) * (1 - progress) / max(progress - begun, 1e-9)
             twentieth = int(20 * progress) > int(20 * before)
             if log:
-                log.progress(step, steps, loss, left)
-                if step == 10 and not resumed:
-                    log.clear()
-                    print(f"{steps} steps, {in_epoch} an epoch: about {duration(left)}", flush=True)
+                log.progress(step, steps, left)
+                if step == first + 10:
+                    log.show(f"{steps} steps, {in_epoch} an epoch: about {duration(left)}")
             if twentieth or stop or seconds > saved + SAVE_SECONDS:
                 moment = time.perf_counter()
                 if log and twentieth:
                     rate = seen / (seconds - earlier - watching)
-                    log.line(averaged, step, seconds, left, loss, parts, s.lr * schedule, gradient,
-                             rate)
+                    log.line(averaged, step, seconds, left, [total, *parts], s.lr * schedule,
+                             gradient, rate)
                 saved = save()
                 watching += time.perf_counter() - moment
             if stop and progress < 1:
@@ -684,18 +647,29 @@ def ten_structures(frames: Frames) -> int:
     return int(min(256, 10 * frames.atom_counts().mean()))
 
 
-def give_up(model, samples: Samples, rows, s: Settings, step: int, folder: Path, team: Team):
-    """Raise BadInput with the names of the frames that are to blame."""
-    names = culprits(model, samples, rows[team.rank::team.size], s)
+def give_up(model: facet.Facet, samples: Samples, rows, s: Settings, where: str, team: Team):
+    """Raise BadInput with the names of the frames whose own loss or gradient is not finite."""
+    alone = Samples(samples.frames, samples.config)
+    device = model.readout.device
+    names = []
+    for i in rows[team.rank::team.size]:
+        _, batch, target = alone[np.array([i])]
+        target = {name: label.to(device) for name, label in target.items()}
+        out = model(batch.to(device), differentiable=True)
+        parts = losses(out, target, target["count"], model.config.energy_scale, s.huber)  # [3]
+        gradient = torch.autograd.grad(parts.sum(), list(model.parameters()), allow_unused=True)
+        values = [parts, *(g for g in gradient if g is not None)]
+        if not all(value.isfinite().all() for value in values):
+            names.append(alone.frames[int(i)].info["source"])
+
+    everyone = [names]
     if team.size > 1:
         everyone = [None] * team.size
         dist.all_gather_object(everyone, names)
-        names = [name for of_one in everyone for name in of_one]
-    cause = "on frames that are sound one by one; lower --lr"
-    if names:
-        cause = f"because of {', '.join(names)}; look at it"
-    raise BadInput(f"the loss became nan or infinite at step {step}, {cause}. "
-                   f"{folder}/model.pt holds the weights before")
+    guilty = ", ".join(chain.from_iterable(everyone))
+    cause = f"because of {guilty}; look at it" if guilty else "on sound frames; lower --lr"
+    raise BadInput(f"the loss became nan or infinite {where}, {cause}. model.pt holds the weights "
+                   "before")
 
 
 # ─── Command line ─────────────────────────────────────────────────────────────────────────────────
