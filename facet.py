@@ -82,17 +82,28 @@ class Config:
     energy_scale: float = 1.0   # eV; force RMS of the training set times 1 Å
     reference_energies: tuple[float, ...] = ()  # eV per species, E0; empty: zeros
     core: tuple[float, ...] = ()   # Å per species; atoms closer than the sum of theirs repel each
-                                   # other; empty: three quarters of the covalent radii
+                                   # other; empty: ¾ of the covalent radii, at most cutoff/2
 
     def __post_init__(self):
         """Raise ValueError, in one sentence, for what cannot be built."""
-        for field in fields(self):  # NumPy numbers become plain ones, fit to be saved
+        # Numbers of NumPy become plain ones, fit to be saved; 16.9 channels are not 16
+        for field in fields(self):
             value = getattr(self, field.name)
             if field.name in ("species", "reference_energies", "core"):
-                value = tuple(np.asarray(value).tolist())
+                if isinstance(value, str):
+                    raise ValueError(f'{field.name} must be a tuple of items, not "{value}"')
+                plain = tuple(np.asarray(value).tolist())
             else:
-                value = type(field.default)(value)
-            object.__setattr__(self, field.name, value)
+                plain = type(field.default)(value)
+                if plain != value:  # nan is not equal to itself
+                    raise ValueError(f"{field.name} must be of type {type(plain).__name__}, "
+                                     f"not {value}")
+            object.__setattr__(self, field.name, plain)
+
+        numbers = (self.cutoff, self.mean_neighbours, self.energy_scale,
+                   *self.reference_energies, *self.core)
+        if not np.isfinite(numbers).all():
+            raise ValueError(f"every number must be finite, but there are {numbers}")
 
         known = atomic_numbers.keys() & self.species
         if not self.species or len(known) < len(self.species):
@@ -121,6 +132,10 @@ class Config:
             if len(per_species) not in (0, len(self.species)):
                 raise ValueError("reference_energies and core need one number per species, "
                                  "or none at all")
+
+        if any(not 0 <= radius <= self.cutoff / 2 for radius in self.core):
+            raise ValueError(f"core {self.core} must lie between 0 and half the cutoff "
+                             f"({self.cutoff} Å), beyond which atoms do not see each other")
 
 
 # ─── §1 Crystals to neighbours ────────────────────────────────────────────────────────────────────
@@ -226,8 +241,10 @@ def neighbour_list(positions: np.ndarray, cell: np.ndarray, pbc, cutoff: float):
 def find_neighbours(atoms: ase.Atoms, config: Config) -> Neighbours:
     """ASE crystal to Neighbours.
 
-    Raises ValueError for an element the model does not know and for broken geometry.
+    Raises ValueError for no atoms, for an element the model does not know and for broken geometry.
     """
+    if len(atoms) == 0:
+        raise ValueError("there are no atoms")
     unknown = set(atoms.symbols) - set(config.species)
     if unknown:
         raise ValueError(f"element {min(unknown)} is not among those the model knows: "
@@ -368,7 +385,8 @@ class Repulsion(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         charge = np.array([atomic_numbers[symbol] for symbol in config.species], float)  # [Z]
-        core = np.asarray(config.core or 0.75 * covalent_radii[charge.astype(int)])  # [Z] Å
+        usual = np.minimum(0.75 * covalent_radii[charge.astype(int)], config.cutoff / 2)  # [Z] Å
+        core = np.asarray(config.core or usual)  # [Z] Å
         inverse_length = charge ** 0.23 / 0.4685  # [Z] 1/Å
         exponents = torch.tensor([3.1998, 0.94229, 0.4029, 0.20162], dtype=torch.float64)  # of ξ
         weights = torch.tensor([0.18175, 0.50986, 0.28022, 0.02817], dtype=torch.float64)  # of ξ
@@ -384,6 +402,7 @@ class Repulsion(nn.Module):
         other = species[src]  # [N, K]
         charges = self.charge[species][:, None] * self.charge[other]  # [N, K]
         end = self.core[species][:, None] + self.core[other]  # [N, K] ρ
+        end = end.clamp(min=1e-3)  # [N, K] no core at all is one that no two atoms reach
         inverse_a = self.inverse_length[species][:, None] + self.inverse_length[other]  # [N, K]
 
         xi = torch.exp(-(r * inverse_a)[..., None] * self.exponents) @ self.weights  # [N, K]
@@ -963,7 +982,8 @@ def load(path: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> 
                                 "runs/<name>/model.pt")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        model = Facet(Config(**content["config"]), dtype)
+        with torch.random.fork_rng(devices=[]):  # initial weights, drawn in vain, disturb nobody
+            model = Facet(Config(**content["config"]), dtype)
         model.load_state_dict(content["state"])
     except Exception as error:
         raise ValueError(f"{path} is not a Facet checkpoint, or it is damaged "
@@ -971,6 +991,7 @@ def load(path: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> 
     return model.to(device).eval()
 
 
+@torch.inference_mode(False)  # forces are a gradient, whatever mode the caller is in
 def evaluate(model: Facet, crystals: list[Neighbours], batch_atoms: int = 256) -> list[dict]:
     """Results of each crystal under ASE's names, float64, in the order given.
 
@@ -992,7 +1013,9 @@ def evaluate(model: Facet, crystals: list[Neighbours], batch_atoms: int = 256) -
         batch = make_batch(several, model.config.cutoff, weights.dtype).to(weights.device)
         ends = np.cumsum(sizes[group])
 
-        for name, values in model(batch).items():
+        with torch.autocast(weights.device.type, enabled=False):
+            out = model(batch)
+        for name, values in out.items():
             values = values.double().cpu().numpy()  # [S, …] or [N, …]
             parts = values if name in PER_CRYSTAL else np.split(values, ends[:-1])
             for s, part in zip(group, parts):
@@ -1018,12 +1041,12 @@ class FacetCalculator(Calculator):
 
     implemented_properties = ["energy", "free_energy", "energies", "forces", "stress"]
 
-    def __init__(self, model: Facet | str | Path, device=None,
-                 dtype: torch.dtype = torch.float32, **kwargs):
-        super().__init__(**kwargs)
+    def __init__(self, model: Facet | str | Path, device=None, dtype: torch.dtype = torch.float32):
+        super().__init__()
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if isinstance(model, Facet):
-            self.model = type(model)(model.config, dtype).to(device).eval()
+            with torch.random.fork_rng(devices=[]):
+                self.model = type(model)(model.config, dtype).to(device).eval()
             self.model.load_state_dict(model.state_dict())
         else:
             self.model = load(model, device, dtype)

@@ -182,13 +182,14 @@ def reference_energies(frames: Frames, numbers: np.ndarray, given: dict, cutoff:
     return E0
 
 
-def core_radii(shortest: dict, numbers: np.ndarray) -> np.ndarray:
+def core_radii(shortest: dict, numbers: np.ndarray, cutoff: float) -> np.ndarray:
     """[Z] Å: the core of two atoms ends below their shortest distance in the data.
 
     shortest: {(i, j): Å} for pairs of species. The repulsion is zero wherever there are data.
     """
     covalent = covalent_radii[numbers]  # [Z]
-    radii = 0.85 * covalent  # with 0.75 two silicon atoms attract each other a little at its edge
+    # With 0.75 times, two silicon atoms attract each other a little at the edge of their core
+    radii = np.minimum(0.85 * covalent, cutoff / 2)  # [Z]
     for (i, j), distance in shortest.items():
         for z in (i, j):
             share = covalent[z] / (covalent[i] + covalent[j])
@@ -253,7 +254,7 @@ def statistics(frames: Frames, s: Settings) -> facet.Config:
         mean_neighbours=max(1.0, edges / sum(len(atoms) for atoms in some)),
         first_knot=0.7 * min(*shortest.values(), s.cutoff / 2),
         reference_energies=tuple(E0.tolist()),
-        core=tuple(core_radii(shortest, numbers).tolist()))
+        core=tuple(core_radii(shortest, numbers, s.cutoff).tolist()))
 
 
 def check_species(frames: Frames, config: facet.Config) -> None:
