@@ -466,6 +466,7 @@ def test_columns_are_those_of_the_frames():
     chosen = [crystals[row] for row in rows]
     assert some.atom_counts().tolist() == [len(atoms) for atoms in chosen]
     assert some.energies().tolist() == [atoms.calc.results["energy"] for atoms in chosen]
+    np.testing.assert_allclose(some.volumes(), [120] * 5)
     assert some.compositions([26, 3]).tolist() == [
         [(atoms.numbers == 26).sum(), (atoms.numbers == 3).sum()] for atoms in chosen]
     assert some.materials().tolist() == [1, 0, 3, 3, 14]

@@ -1,0 +1,474 @@
+"""Tests of tools/database.py: what is converted, what a kill leaves, and how much memory it takes.
+
+    pytest tools/test_database.py
+    python tools/test_database.py --gigabytes 2         # a file in MPtrj's layout: frames/s, memory
+
+The second command prints the speed of the conversion, its peak memory, and how fast frames are
+read again in random order.
+"""
+import argparse
+import json
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import ase.build
+import ase.db
+import ase.io
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.calculators.emt import EMT
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":  # as a script, Python looks only beside this file
+    sys.path.insert(0, str(ROOT))
+
+from tools import database, frames  # noqa: E402
+from tools.frames import BadInput, Names  # noqa: E402
+
+ELEMENTS = ["H", "Li", "C", "N", "O", "F", "Na", "Mg", "Al", "Si", "P", "S", "Cl", "K", "Ca", "Ti",
+            "Mn", "Fe", "Co", "Ni", "Cu", "Zn"]
+
+
+# ─── A file like MPtrj's ─────────────────────────────────────────────────────────────────────────
+
+def frame(rng: np.random.Generator, mean_log: float) -> dict:
+    """A frame with all of MPtrj's keys: a rattled simple cubic arrangement with random labels."""
+    n = int(np.clip(rng.lognormal(mean_log, 0.8), 1, 200))
+    side = int(np.ceil(n ** (1 / 3)))
+    cell = 2.5 * side * np.eye(3) + rng.normal(0, 0.05, (3, 3))
+    grid = np.stack(np.meshgrid(*[np.arange(side)] * 3, indexing="ij"), -1).reshape(-1, 3)
+    abc = grid[:n] / side + rng.normal(0, 0.01, (n, 3))
+
+    sites = []
+    elements = rng.choice(ELEMENTS, 3)
+    for place, point in zip(abc, abc @ cell, strict=True):
+        symbol = str(rng.choice(elements))
+        sites.append({"species": [{"element": symbol, "occu": 1}], "abc": place.tolist(),
+                      "xyz": point.tolist(), "label": symbol, "properties": {"magmom": 0.013}})
+    forces = rng.normal(0, 0.2, (n, 3))
+    lattice = {"matrix": cell.tolist(), "a": 5.0, "b": 5.0, "c": 5.0, "alpha": 90.0}
+    return {"structure": {"@module": "pymatgen.core.structure", "@class": "Structure",
+                          "charge": None, "sites": sites, "lattice": lattice},
+            "uncorrected_total_energy": -5.0 * n, "corrected_total_energy": -5.2 * n - rng.random(),
+            "energy_per_atom": -5.2, "ef_per_atom": -0.5, "e_per_atom_relaxed": -5.3,
+            "bandgap": 0.0, "mp_id": "mp-1", "force": (forces - forces.mean(0)).tolist(),
+            "stress": rng.normal(0, 10, (3, 3)).tolist(), "magmom": [0.01] * n}
+
+
+def mptrj_like(path: Path, size: float, different: int = 40, mean_log: float = 1.0) -> Path:
+    """Write at least `size` bytes; the `different` frames come again and again under new names.
+
+    mean_log: of the logarithm of the number of atoms; 3.1 gives 31 on average, as in MPtrj.
+    """
+    rng = np.random.default_rng(0)
+    texts = [json.dumps(frame(rng, mean_log)) for _ in range(different)]
+    count = 0
+    with open(path, "w") as file:
+        file.write("{")
+        while file.tell() < size:
+            some = []
+            for i in range(int(rng.integers(1, 6))):
+                some.append(f'"mp-{count}-{i}": {texts[(count + i) % different]}')
+            comma = ", " if count else ""
+            file.write(f'{comma}"mp-{count}": {{{", ".join(some)}}}')
+            count += len(some)
+        file.write("}")
+    return path
+
+
+def assert_holds(path: Path, wanted: list[Atoms]) -> None:
+    """The database has exactly these frames, to the last bit, and their names."""
+    found = frames.read([str(path)])
+    for a, b in zip(found, wanted, strict=True):
+        assert a == b and a.info == b.info
+        assert a.calc.results.keys() == b.calc.results.keys()
+        for name, label in a.calc.results.items():
+            assert np.array_equal(label, b.calc.results[name])
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory) -> tuple[Path, list[Atoms]]:
+    """A file of about 60 frames, and these frames."""
+    path = mptrj_like(tmp_path_factory.mktemp("mptrj") / "m.json", 120_000)
+    wanted = list(frames.iread(path))
+    assert 50 < len(wanted) < 150
+    return path, wanted
+
+
+# ─── What is converted ───────────────────────────────────────────────────────────────────────────
+
+def test_database_holds_what_the_file_holds(example, tmp_path, monkeypatch):
+    path, wanted = example
+    monkeypatch.setattr(database, "BLOCK", 7)
+    database.convert([str(path)], str(tmp_path / "a.db"))
+    assert_holds(tmp_path / "a.db", wanted)
+    assert [a.info["source"] for a in frames.iread(tmp_path / "a.db")] == \
+           [a.info["source"] for a in wanted]
+    with ase.db.connect(tmp_path / "a.db") as plain:
+        row = plain.get(material=wanted[5].info["material"], source=wanted[5].info["source"])
+    assert row.energy == wanted[5].calc.results["energy"], "ASE's own tools see the same"
+
+
+def test_columns_of_the_database_are_those_of_the_frames(example, tmp_path):
+    path, wanted = example
+    atom = frames.labelled(Atoms("Xe"), -1.0, np.zeros((1, 3)), group="7")
+    ase.io.write(tmp_path / "atom.xyz", [atom], format="extxyz")
+    for some in (tmp_path / "a.db", tmp_path / "b.db"):
+        database.convert([str(path)], str(some))
+    alone = [str(tmp_path / "atom.xyz")]
+    mixed = frames.read([str(tmp_path / "a.db"), *alone])
+    plain = frames.Frames([frames.InMemory(wanted), *frames.read(alone).parts])
+    numbers = plain.elements()
+    assert 54 in numbers and 54 not in mixed[:-1].elements()
+
+    rng = np.random.default_rng(0)
+    for rows in (np.arange(len(plain)), rng.integers(0, len(plain), 20), [len(plain) - 1]):
+        a = mixed.take(rows)
+        b = plain.take(rows)
+        for column in ("atom_counts", "energies", "volumes", "materials", "elements"):
+            assert (getattr(a, column)() == getattr(b, column)()).all(), column
+        assert (a.compositions(numbers) == b.compositions(numbers)).all()
+        assert [x.info for x in a] == [x.info for x in b]
+    for some in (mixed, plain):
+        assert frames.free_atoms(some)[-1]
+    for left, right in zip(frames.split(mixed, 0), frames.split(plain, 0), strict=True):
+        assert [x.info for x in left] == [x.info for x in right]
+
+
+def test_rows_that_were_deleted_are_not_read(example, tmp_path):
+    path, wanted = example
+    database.convert([str(path)], str(tmp_path / "a.db"))
+    with ase.db.connect(tmp_path / "a.db") as plain:
+        plain.delete([1, 5, 6])
+    left = [atoms for i, atoms in enumerate(wanted) if i + 1 not in (1, 5, 6)]
+    assert_holds(tmp_path / "a.db", left)
+    some = frames.read([str(tmp_path / "a.db")])
+    numbers = some.elements()
+    assert (some.compositions(numbers) == frames.in_memory(left).compositions(numbers)).all()
+
+
+def test_fingerprint_changes_with_what_is_in_the_database(example, tmp_path):
+    path, _ = example
+    prints = []
+    for name in ("a.db", "b.db"):
+        database.convert([str(path)], str(tmp_path / name))
+        prints.append(frames.read([str(tmp_path / name)]).fingerprint())
+    assert prints[0] == prints[1]
+    assert frames.read([str(tmp_path / "a.db")], use_stress=False).fingerprint() != prints[0]
+    for column in ("positions", "forces", "stress", "cell", "numbers"):
+        with ase.db.connect(tmp_path / "b.db") as plain:
+            command = f"UPDATE systems SET {column} = (SELECT {column} FROM systems WHERE id = 2) "
+            plain.connection.execute(command + "WHERE id = 1")
+        prints.append(frames.read([str(tmp_path / "b.db")]).fingerprint())
+    assert len(set(prints)) == 6
+
+
+def test_stress_of_a_database_can_be_left_unread(example, tmp_path):
+    path, _ = example
+    database.convert([str(path)], str(tmp_path / "a.db"))
+    paths = [str(tmp_path / "a.db")]
+    assert "stress" in frames.read(paths)[3].calc.results
+    assert "stress" not in frames.read(paths, use_stress=False)[3].calc.results
+
+
+def test_groups_and_numbers_for_names_are_kept(tmp_path):
+    crystals = []
+    for group in ("hot", "1", "True", "1e5", "nan"):
+        atoms = ase.build.bulk("Cu", cubic=True)
+        atoms.calc = EMT()
+        atoms.get_forces()
+        atoms.info.update(config_type=group, material=group)
+        crystals.append(atoms)
+    ase.io.write(tmp_path / "a.xyz", crystals, format="extxyz")
+    wanted = list(frames.iread(tmp_path / "a.xyz"))
+    assert wanted[0].info["group"] == "hot"
+    database.convert([str(tmp_path / "a.xyz")], str(tmp_path / "a.db"))
+    assert_holds(tmp_path / "a.db", wanted)
+
+
+def copper(path: Path, names: tuple[str, str, str], count: int = 3) -> str:
+    """Copper in an extxyz file, with labels under these names."""
+    crystals = []
+    for i in range(count):
+        atoms = ase.build.bulk("Cu", cubic=True)
+        atoms.rattle(0.1, seed=i)
+        atoms.calc = EMT()
+        atoms.info[names[0]] = atoms.get_potential_energy()
+        atoms.arrays[names[1]] = atoms.get_forces()
+        atoms.info[names[2]] = -atoms.get_volume() * atoms.get_stress(voigt=False)
+        atoms.calc = None
+        crystals.append(atoms)
+    ase.io.write(path, crystals, format="extxyz")
+    return str(path)
+
+
+def test_names_of_labels_are_given_to_the_database(tmp_path):
+    names = Names("REF_energy", "REF_forces", "REF_virial")
+    path = copper(tmp_path / "ref.xyz", names)
+    out = str(tmp_path / "a.db")
+    assert database.main([path, out, "--energy", "REF_energy", "--forces", "REF_forces",
+                          "--stress", "REF_virial"]) == 0
+    wanted = list(frames.iread(path, names))
+    assert "stress" in wanted[0].calc.results
+    assert_holds(tmp_path / "a.db", wanted)
+    assert len(frames.read([out], names)) == 3
+    with pytest.raises(BadInput, match="labels already; names of labels are given to tools.databa"):
+        frames.read([out], Names("REF_energy"))
+    with pytest.raises(BadInput, match="begun with other names .*REF_energy, REF_forces"):
+        database.convert([path], out)
+
+
+def test_name_of_a_stress_that_no_frame_has_is_refused(tmp_path, capsys):
+    path = copper(tmp_path / "ref.xyz", ("energy", "forces", "REF_virial"))
+    arguments = [path, str(tmp_path / "a.db"), "--stress", "REF_viral"]
+    assert database.main(arguments) == 1
+    assert "has a stress from 'REF_viral'" in capsys.readouterr().err
+    with pytest.raises(BadInput, match="is not complete"):
+        frames.read([str(tmp_path / "a.db")])
+
+
+# ─── What is refused ─────────────────────────────────────────────────────────────────────────────
+
+def test_bad_frame_stops_the_conversion_and_is_named(tmp_path, capsys):
+    content = json.loads(mptrj_like(tmp_path / "m.json", 60_000).read_text())
+    material = list(content)[9]
+    key, bad = list(content[material].items())[0]
+    bad["force"][0][0] = float("nan")
+    (tmp_path / "m.json").write_text(json.dumps(content))
+    assert database.main([str(tmp_path / "m.json"), str(tmp_path / "a.db")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path / 'm.json'}, frame {key}: a force is NaN")
+    assert error.count("\n") == 1
+
+
+def test_changed_input_is_refused(tmp_path):
+    path = mptrj_like(tmp_path / "m.json", 120_000)
+    out = str(tmp_path / "a.db")
+    database.convert([str(path)], out)
+    database.convert([str(path)], out)
+    path.write_text(path.read_text() + " ")
+    with pytest.raises(BadInput, match="m.json: has changed since .*a.db was begun"):
+        database.convert([str(path)], out)
+
+
+def test_files_can_be_added_and_count_once(example, tmp_path):
+    path, wanted = example
+    other = copper(tmp_path / "b.xyz", ("energy", "forces", "virial"))
+    out = str(tmp_path / "a.db")
+    database.convert([str(path)], out)
+    database.convert([str(path), other, other], out)
+    assert_holds(tmp_path / "a.db", [*wanted, *frames.iread(other)])
+
+
+def test_what_is_no_database_of_ours_is_left_alone(example, tmp_path, capsys):
+    path, _ = example
+    ase.io.write(tmp_path / "theirs.db", ase.build.bulk("Cu"))
+    (tmp_path / "text.db").write_text("no database at all, but a text that somebody wrote\n" * 99)
+    for name, message in (("theirs.db", "a database that this command has not made"),
+                          ("text.db", "cannot be written"), ("no/a.db", "cannot be written")):
+        out = tmp_path / name
+        before = out.read_bytes() if out.exists() else None
+        with pytest.raises(BadInput, match=f"{name}: .*{message}"):
+            database.convert([str(path)], str(out))
+        assert before == (out.read_bytes() if out.exists() else None)
+    with pytest.raises(SystemExit):
+        database.main([str(path), str(tmp_path / "out.xyz")])
+    assert "ends in .db" in capsys.readouterr().err
+    with pytest.raises(BadInput, match="no such file"):
+        database.convert([str(tmp_path / "absent.json")], str(tmp_path / "new.db"))
+    assert not (tmp_path / "new.db").exists()
+
+
+# ─── Processes ───────────────────────────────────────────────────────────────────────────────────
+
+def energy_of(some: frames.Frames, row: int) -> float:
+    return some[row].calc.results["energy"]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_every_process_reads_with_a_connection_of_its_own(method, example, tmp_path):
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"this system has no {method}")
+    path, wanted = example
+    database.convert([str(path)], str(tmp_path / "a.db"))
+    some = frames.read([str(tmp_path / "a.db")])
+    rows = list(range(len(some)))
+    energies = [atoms.calc.results["energy"] for atoms in wanted]
+    assert [energy_of(some, row) for row in rows] == energies  # the connection is open here
+
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        asked = pool.starmap_async(energy_of, [(some, row) for row in rows], chunksize=9)
+        assert [energy_of(some, row) for row in rows] == energies
+        assert asked.get(60) == energies
+
+
+def test_inherited_connection_is_not_used(example, tmp_path):
+    path, _ = example
+    database.convert([str(path)], str(tmp_path / "a.db"))
+    part, = frames.read([str(tmp_path / "a.db")]).parts
+    here = part.connection()
+    assert part.connection() is here
+    assert pickle.loads(pickle.dumps(part)).database is None
+
+    others = []
+    thread = threading.Thread(target=lambda: others.append(part.connection()))
+    thread.start()
+    thread.join()
+    assert others[0] is not here
+    part.owner = (os.getpid() + 1, threading.get_ident())  # as after fork
+    assert part.connection() is not others[0]
+
+
+SCRIPT = """
+import sys, time
+from tools import database
+database.BLOCK = 5
+write = database.Writer.write
+def slowly(self, block, known):
+    write(self, block, known)
+    print("block", flush=True)
+    time.sleep({pause})
+database.Writer.write = slowly
+sys.exit(database.main(sys.argv[1:]))
+"""
+
+
+def start(arguments: list, pause: float) -> subprocess.Popen:
+    """The command in a process of its own, in blocks of five frames with pauses in between."""
+    command = [sys.executable, "-c", SCRIPT.format(pause=pause), *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+def test_killed_conversion_goes_on_where_it_was(example, tmp_path):
+    """Killed three times in the midst of it; the result is that of one conversion."""
+    path, wanted = example
+    out = tmp_path / "a.db"
+    for blocks in (2, 4, 3):
+        process = start([path, out], pause=0.01)
+        for _ in range(blocks):
+            while (line := process.stdout.readline()) and line != "block\n":
+                pass
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, "it ended before it was killed"
+        with pytest.raises(BadInput, match="a.db: is not complete; give the command"):
+            frames.read([str(out)])
+
+    with ase.db.connect(out) as plain:
+        there = plain.count()
+    assert 0 < there < len(wanted) and there % 5 == 0
+    process = start([path, out], pause=0)
+    said, error = process.communicate(timeout=60)
+    assert process.returncode == 0, error
+    assert f"{there} frames are there; going on" in said
+    assert_holds(out, wanted)
+
+
+def test_two_at_once_do_not_hurt_each_other(example, tmp_path):
+    """One of them converts, the other one ends with a sentence, at once or when it notices."""
+    path, wanted = example
+    out = tmp_path / "a.db"
+    both = [start([path, out], pause=0.05) for _ in range(2)]
+    ends = [process.communicate(timeout=60) for process in both]
+    codes = [process.returncode for process in both]
+    assert sorted(codes) == [0, 1], ends
+    error = ends[codes.index(1)][1]
+    assert "another process is writing into it" in error and "Traceback" not in error
+    assert_holds(out, wanted)
+
+
+def test_progress_is_a_line_now_and_then_in_a_file(example, tmp_path):
+    path, wanted = example
+    process = start([path, tmp_path / "a.db"], pause=0)
+    said, _ = process.communicate(timeout=60)
+    lines = [line for line in said.splitlines() if line != "block"]
+    assert lines == [f"{path}: {len(wanted)} frames", f"{tmp_path / 'a.db'} is complete"]
+
+
+# ─── Memory ──────────────────────────────────────────────────────────────────────────────────────
+
+# what getrusage calls the peak may be that of the parent: the kernel's own count is not
+PEAK = """
+import re
+status = open("/proc/self/status").read()
+print("peak", re.search(r"VmHWM:\\s*(\\d+) kB", status)[1])
+"""
+
+CONVERT = """
+import sys
+from tools import database
+database.BLOCK = {block}
+assert database.main(sys.argv[1:]) == 0
+""" + PEAK
+
+
+READ_AT_ONCE = """
+import json, sys
+from tools import database
+content = json.load(open(sys.argv[1]))
+""" + PEAK
+
+
+def peak_memory(code: str, *arguments) -> float:
+    """Peak memory of a process of its own that runs the code, bytes."""
+    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT,
+                          capture_output=True, text=True, check=True)
+    return 1024 * float(done.stdout.rsplit("peak", 1)[1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_large_file_is_streamed_in_bounded_memory(tmp_path):
+    """15 MB more in the file are a few MB more in memory; read at once, they are over 60."""
+    small = mptrj_like(tmp_path / "small.json", 5e6, mean_log=4.0)
+    large = mptrj_like(tmp_path / "large.json", 20e6, mean_log=4.0)
+    convert = CONVERT.format(block=50)  # the small file has several blocks, too
+    grown = []
+    for code, name in ((convert, ".db"), (READ_AT_ONCE, "")):
+        before = peak_memory(code, small, small.with_suffix(name))
+        grown.append(peak_memory(code, large, large.with_suffix(name)) - before)
+    print(f"{grown[0] / 1e6:.0f} MB more streamed, {grown[1] / 1e6:.0f} MB more at once")
+    assert grown[0] < 25e6 < 60e6 < grown[1], grown
+
+
+def measure(gigabytes: float, folder: Path) -> None:
+    """Convert a large file, and read it again in random order."""
+    path = mptrj_like(folder / "large.json", 1e9 * gigabytes, different=2000, mean_log=3.1)
+    print(f"{path}: {path.stat().st_size / 1e9:.2f} GB", flush=True)
+    start = time.perf_counter()
+    peak = peak_memory(CONVERT.format(block=database.BLOCK), path, folder / "large.db")
+    seconds = time.perf_counter() - start
+
+    some = frames.read([str(folder / "large.db")])
+    print(f"{len(some)} frames in {seconds:.0f} s, {len(some) / seconds:.0f} frames/s, "
+          f"peak memory {peak / 1e6:.0f} MB, "
+          f"database {(folder / 'large.db').stat().st_size / 1e9:.2f} GB")
+
+    for column in ("atom_counts", "energies", "volumes", "materials", "elements", "fingerprint"):
+        start = time.perf_counter()
+        getattr(some, column)()
+        print(f"{column:<12} {time.perf_counter() - start:6.2f} s")
+    rows = np.random.default_rng(0).integers(0, len(some), 3000)
+    start = time.perf_counter()
+    for row in rows:
+        some[row]
+    print(f"read at random: {len(rows) / (time.perf_counter() - start):.0f} frames/s")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, default=2.0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        measure(options.gigabytes, Path(temporary))
