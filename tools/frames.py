@@ -22,6 +22,7 @@ import glob
 import gzip
 import json
 import os
+import shlex
 import sqlite3
 import sys
 import threading
@@ -820,8 +821,9 @@ def read(patterns: Sequence[str], names: Names = USUAL, use_stress: bool = True)
     paths = expand(patterns)
     for path in paths:
         if is_json(path):
-            raise BadInput(f"{path}: convert first: python -m tools.database {path} "
-                           f"{Path(path).name.split('.')[0]}.db")
+            out = Path(path).name.split(".")[0] + ".db"
+            raise BadInput(f"{path}: convert first: python -m tools.database "
+                           f"{shlex.quote(path)} {shlex.quote(out)}")
     return gather_files(paths, names, use_stress)
 
 
