@@ -15,37 +15,49 @@ import ase.build
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS, FIGURES = ROOT / "benchmarks" / "results", ROOT / "figures"
+RESULTS = ROOT / "benchmarks" / "results"
+FIGURES = ROOT / "benchmarks" / "figures"
+WORK = ROOT / "runs" / "benchmarks"  # what is converted, trained or compiled on the way
 sys.path.insert(0, str(ROOT))  # facet.py and train_small.py are not installed
 
-SETS = {"Si": "mlearn/Si_{}.extxyz", "Li": "mlearn/Li_{}.extxyz", "crystals": "crystals/crystals_{}.json.gz"}  # train, test
+# Within the folder of data that --data names; {} is train or test
+SETS = {
+    "Si": "mlearn/Si_{}.extxyz",
+    "Li": "mlearn/Li_{}.extxyz",
+    "crystals": "crystals/crystals_{}.json.gz",
+}
 
 
-def clock(job: Callable, now: Callable[[], float] = time.perf_counter) -> float:
-    """Milliseconds of one run; with now=time.process_time those of the processor, which other programs disturb less."""
-    start = now()
-    job()
-    return 1000 * (now() - start)
+# ─── Data and crystals ───────────────────────────────────────────────────────────────────────────
 
 
-def in_turn(jobs: dict, seconds: float, now: Callable[[], float] = time.perf_counter) -> dict:
-    """Median milliseconds of each job. All run once a round until the seconds are spent; the first is left out."""
-    end, rounds = np.inf, []
-    while len(rounds) < 4 or time.perf_counter() < end:
-        rounds.append([clock(job, now) for job in jobs.values()])
-        end = time.perf_counter() + seconds if len(rounds) == 1 else end
-    return dict(zip(jobs, np.median(rounds[1:], 0).tolist()))
+def data_files(data: Path, name: str) -> dict[str, Path]:
+    """The files of a set to train and to test on; JSON is converted to a database once, in WORK."""
+    files = {}
+    for part in ("train", "test"):
+        path = (data / SETS[name].format(part)).resolve()
+        if ".json" in path.name:
+            from tools import database
+
+            WORK.mkdir(parents=True, exist_ok=True)
+            converted = WORK / f"{name}_{part}.db"
+            database.convert([str(path)], str(converted))
+            path = converted
+        files[part] = path
+    return files
 
 
-def each_layer(model, part: str, make: Callable) -> None:
-    """Replace one part of every layer of a Facet by make(l_in, l_out)."""
-    l = [0] + [model.config.degree] * (model.config.layers - 1) + [0]
-    for t, layer in enumerate(model.layers):
-        setattr(layer, part, make(l[t], l[t + 1]))
+def read_set(data: Path, name: str) -> tuple:
+    """The frames of a set to train and to test on (tools.frames.Frames)."""
+    from tools import frames
+
+    files = data_files(data, name)
+    return frames.read([str(files["train"])]), frames.read([str(files["test"])])
 
 
 def rattled(crystal: ase.Atoms, distance: float) -> ase.Atoms:
-    crystal.positions += np.random.default_rng(0).normal(0, distance, (len(crystal), 3))
+    rng = np.random.default_rng(0)
+    crystal.positions += rng.normal(0, distance, (len(crystal), 3))
     return crystal
 
 
@@ -59,11 +71,50 @@ def atoms_in(crystal: str) -> int:
     return int(crystal.split()[-1])
 
 
+def each_layer(model, part: str, make: Callable) -> None:
+    """Replace one part of every layer of a Facet by make(l_in, l_out)."""
+    T = model.config.layers
+    l = [0] + [model.config.degree] * (T - 1) + [0]  # noqa: E741
+    for t, layer in enumerate(model.layers):
+        setattr(layer, part, make(l[t], l[t + 1]))
+
+
+# ─── Clocks ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def clock(job: Callable, now: Callable[[], float] = time.perf_counter) -> float:
+    """Milliseconds of one run; with now=time.process_time those of the processor."""
+    start = now()
+    job()
+    return 1000 * (now() - start)
+
+
+def in_turn(jobs: dict, seconds: float, now: Callable[[], float] = time.perf_counter) -> dict:
+    """Median milliseconds of each job.
+
+    All run once a round until the seconds are spent; the first round is left out.
+    """
+    rounds = []
+    end = np.inf
+    while len(rounds) < 4 or time.perf_counter() < end:
+        rounds.append([clock(job, now) for job in jobs.values()])
+        if len(rounds) == 1:
+            end = time.perf_counter() + seconds
+    return dict(zip(jobs, np.median(rounds[1:], 0).tolist(), strict=True))
+
+
+# ─── The machine ─────────────────────────────────────────────────────────────────────────────────
+
+
 def hardware() -> str:
     """Name of the processor, number of cores."""
-    info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
-    names = [line.split(": ")[1] for line in info.splitlines() if line.startswith("model name")]
-    return f"{(names or [platform.processor()])[0]}, {os.cpu_count()} cores"
+    name = platform.processor()
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(": ")[1]
+                break
+    return f"{name}, {os.cpu_count()} cores"
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -77,21 +128,76 @@ def versions(*packages: str) -> dict[str, str]:
     return found
 
 
+# ─── Results ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def columns(rows: list[dict]) -> dict:
+    """Rows of a table → columns: {"a": [1, 2], "b": {"c": [3, 4]}}; None for what is missing."""
+    table = {}
+    keys = dict.fromkeys(key for row in rows for key in row)
+    for key in keys:
+        values = [row.get(key) for row in rows]
+        nested = any(isinstance(value, dict) for value in values)
+        table[key] = columns([value or {} for value in values]) if nested else values
+    return table
+
+
+def rounded(x):
+    """Floats to four significant digits, at any depth; NaN, which JSON lacks, to None."""
+    if isinstance(x, dict):
+        return {str(key): rounded(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple, np.ndarray)):
+        return [rounded(value) for value in x]
+    if isinstance(x, (bool, np.bool_)):
+        return bool(x)
+    if isinstance(x, (float, np.floating)):
+        return float(f"{x:.4g}") if np.isfinite(x) else None
+    return x
+
+
+def compact(x, indent: str = "") -> str:
+    """JSON with a line for each entry of a dict, and one for each list of numbers or words."""
+    inner = indent + " "
+    if isinstance(x, dict) and x:
+        entries = []
+        for key, value in x.items():
+            name = json.dumps(key, ensure_ascii=False)
+            entries.append(f"{inner}{name}: {compact(value, inner)}")
+        return "{\n" + ",\n".join(entries) + f"\n{indent}}}"
+    if isinstance(x, list) and any(isinstance(value, (dict, list)) for value in x):
+        entries = [f"{inner}{compact(value, inner)}" for value in x]
+        return "[\n" + ",\n".join(entries) + f"\n{indent}]"
+    return json.dumps(x, ensure_ascii=False)
+
+
 def read_results(name: str) -> dict:
     """What benchmarks/results/NAME.json holds; nothing if there is none yet."""
     path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def write_results(name: str, content: dict, measured: bool = True) -> None:
-    """benchmarks/results/NAME.json: the numbers, and hardware, versions and command of each run that measured some ("made").
+def write_results(name: str, content: dict) -> None:
+    """benchmarks/results/NAME.json: the numbers, and what measured them.
 
-    Where content keeps numbers of the file that is there, it has to keep that file's "made", too. measured=False adds no run.
+    "made" has hardware, versions and command of each run. Where content keeps numbers of the file
+    that is there, it has to keep that file's "made", too.
     """
-    RESULTS.mkdir(exist_ok=True)
-    words = [Path(word).name if os.path.isabs(word) else word for word in sys.argv]  # paths of one machine help nobody
-    run = {"hardware": hardware(), "versions": versions("torch", "numpy", "scipy", "ase"), "command": shlex.join(["python", *words])}
+    # paths of one machine help nobody
+    words = [Path(word).name if os.path.isabs(word) else word for word in sys.argv]
+    run = {
+        "hardware": hardware(),
+        "versions": versions("torch", "numpy", "scipy", "ase"),
+        "command": shlex.join(["python", *words]),
+    }
     made = content.get("made", [])
+    if run not in made:
+        made = [*made, run]
+    save(name, {**content, "made": made})
+
+
+def save(name: str, content: dict) -> None:
+    """Write a results file as it is, compactly."""
+    RESULTS.mkdir(exist_ok=True)
     part = RESULTS / f"{name}.json.part"
-    part.write_text(json.dumps({**content, "made": made + [run] * (measured and run not in made)}, indent=1) + "\n")
+    part.write_text(compact(rounded(content)) + "\n", encoding="utf-8")
     part.replace(RESULTS / f"{name}.json")

@@ -1,100 +1,386 @@
-"""Print the tables of README.md and benchmarks/README.md from benchmarks/results/*.json; measures nothing.
+"""The tables of README.md and benchmarks/README.md, from benchmarks/results/*.json.
 
-    python benchmarks/summary.py            # prints; a test keeps both pages equal to it
-    python benchmarks/summary.py --write    # puts them into the pages, in place of those with the same heading
+    python benchmarks/summary.py            # prints them; a test keeps both pages equal to it
+    python benchmarks/summary.py --write    # puts them into the pages
+
+It measures nothing. A table takes the place of the one in the page with the same first line.
 """
 from __future__ import annotations
 
 import argparse
 import sys
 
+import numpy as np
 from common import ROOT, read_results
 
-SCRIPTS = {"speed": "speed: ", "time_to_accuracy": "", "relax": "relaxation: ", "sevennet_trim": "SevenNet-0 with splines, ", "density": "density: "}  # and a title
-M64, M128 = "MACE 64x0e+64x1o", "MACE 128x0e"
-SHARES = [f"{what} of {M64}, share" for what in ("force MAE (eV/Å)", "energy MAE (meV/atom)")]
-PEERS = (  # the README's table: what, against whom, script, what follows the values, and (goal's name, format of its value) …
-    ("energy, forces, stress", f"{M64} · {M128} · SevenNet-0 · NequIP, compiled", "speed", " × as fast",
-     *((f"bare, {peer} / Facet, 89 species", "{:.1f}") for peer in (M64, M128, "SevenNet-0", "NequIP compiled"))),
-    ("a training step", f"{M64} · {M128}", "speed", " × as fast", *((f"train, {peer} / Facet, 89 species", "{:.1f}") for peer in (M64, M128))),
-    ("memory", "the most frugal of them", "speed", " of it", ("memory, Facet / smallest peer, 89 species", "{:.0%}")),
-    ("training on silicon until its best force · energy error", M64, "time_to_accuracy", " of its processor time",
-     *((f"Si, processor time to the best {share}", "{:.0%}") for share in SHARES)),
-    ("training on crystals of 15 elements until the same", M64, "time_to_accuracy", " of its processor time",
-     *((f"crystals, processor time to the best {share}", "{:.0%}") for share in SHARES)),
-    ("relaxing crystals one by one: in all · the model's part", M64, "relax", " × as fast",
-     ("wall time of all relaxations, MACE / Facet", "{:.1f}"), ("per step, the model's part, MACE / Facet", "{:.1f}")),
-    ("relaxing many at once by `facet.relax`", f"{M64}, one by one", "relax", " × as many in the same processor time",
-     ("crystals per second of processor time, facet.relax / MACE with ASE", "{:.1f}")),
-    ("SevenNet-0 with splines for its radial MLPs, and exact folds", "as it comes", "sevennet_trim", " off",
-     ("without training: fewer parameters, %", "{:.0f} % fewer parameters"), ("without training: energy, meV/atom", "{:.2f} meV/atom"),
-     ("without training: force, meV/Å", "{:.1f} meV/Å")))
+M64 = "MACE 64x0e+64x1o"
+M128 = "MACE 128x0e"
+COMPILED = ("NequIP compiled", "NequIP compiled, spinning")
+ENERGY = "energy_mae_meV_per_atom"
+FORCE = "force_mae_eV_per_A"
+STRESS = "stress_mae_GPa"
+ERRORS = {FORCE: "force MAE (eV/Å)", ENERGY: "energy MAE (meV/atom)"}
+
+# Test errors on the same split, energy meV/atom · forces eV/Å: Zuo et al., J. Phys. Chem. A 124,
+# 731 (2020)
+PUBLISHED = {"Si": "GAP 2.91 · 0.07, MTP 2.21 · 0.06", "Li": "GAP 0.49 · 0.01, MTP 0.49 · 0.01"}
 
 
-def goals(script: str) -> dict[str, dict]:
-    """What was aimed at: value, goal and whether it is reached, by name."""
-    content = read_results(script)
-    return content.get("headline") or content["goals"]
+# ─── Speed ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def number(value: float | None) -> str:
-    """Three digits; a dash where something was never reached."""
-    return "–" if value is None else f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+def speed_ratio(runs: dict, job: str, peers: tuple[str, ...], species: int = 89) -> float:
+    """Milliseconds of the fastest peer over Facet's: the least over crystals and threads."""
+    crystals = ("Si 64", "Si 512") if job == "bare" else ("4 x Si 64",)
+    ratios = []
+    for run in runs.values():
+        for crystal in crystals if run["species"] == species else ():
+            row = run[job].get(crystal, {})
+            theirs = [row[peer]["ms"] for peer in peers if peer in row]
+            if theirs and "Facet" in row:
+                ratios.append(min(theirs) / row["Facet"]["ms"])
+    return min(ratios)
 
 
-def all_goals() -> list[str]:
-    """Everything that was aimed at, reached or not, for benchmarks/README.md."""
-    lines = ["| measured | value | wanted | | by |", "|---|---|---|---|---|"]
-    for script, title in SCRIPTS.items():
-        for name, entry in goals(script).items():
-            lines.append(f"| {title}{name} | {number(entry['value'])} | {entry['goal']} | {'reached' if entry['reached'] else 'missed'} | [{script}.py]({script}.py) |")
-    return lines
+def memory_share(runs: dict, species: int = 89) -> float:
+    """Facet's peak memory over that of the most frugal peer: the largest over crystals, threads."""
+    shares = []
+    for run in runs.values():
+        for crystal in ("Si 512", "Si 4096") if run["species"] == species else ():
+            peak = {name: one["peak_GB"] for name, one in run["bare"].get(crystal, {}).items()}
+            ours = peak.pop("Facet", None)
+            if ours and peak:
+                shares.append(ours / min(peak.values()))
+    return max(shares)
 
 
-def beside_peers() -> list[str]:
-    """The README's table; a goal that was missed stands beside its value."""
-    lines = ["| | against | Facet | by |", "|---|---|---|---|"]
-    for what, whom, script, after, *entries in PEERS:
-        table, cells = goals(script), []
-        for name, text in entries:
-            value, words = table[name]["value"], table[name]["goal"].split()
-            wanted = " ".join([*words[:2], text.format(float(words[2]))])
-            cells.append(("never" if value is None else text.format(value)) + f" (wanted: {wanted})" * (not table[name]["reached"]))
-        lines.append(f"| {what} | {whom} | {' · '.join(cells)}{after} | [{script}.py](benchmarks/{script}.py) |")
-    return lines
+def speed() -> list[str]:
+    """Each model's numbers at one thread, 89 species."""
+    runs = read_results("speed")["runs"].values()
+    run = next(run for run in runs if run["species"] == 89)
+    rows = []
+    for name, about in run["models"].items():
+        cells = [f"{about['parameters']:,}"]
+        for job, crystal in (
+            ("bare", "Si 64"), ("bare", "Si 512"), ("calculator", "Si 512"), ("train", "4 x Si 64")
+        ):
+            found = run[job].get(crystal, {}).get(name)
+            cells.append(f"{found['ms']:,.0f}" if found else "–")
+        cells.append(f"{run['bare']['Si 512'][name]['peak_GB']:.2f}")
+        rows.append([name, *cells])
+    return table(
+        "89 species, one thread", "parameters", "64 atoms (ms)", "512 atoms (ms)",
+        "512, through ASE (ms)", "training step (ms)", "memory, 512 atoms (GB)", rows=rows)
+
+
+# ─── Accuracy ────────────────────────────────────────────────────────────────────────────────────
+
+
+def accuracy() -> list[str]:
+    """Test errors with default settings."""
+    rows = []
+    for name, content in read_results("accuracy")["defaults"].items():
+        runs = content["runs"]
+        cells = []
+        for key, digits in ((ENERGY, 2), (FORCE, 4), (STRESS, 2)):
+            mean, spread = np.mean(runs[key]), np.std(runs[key])
+            cells.append(f"{mean:.{digits}f} ± {spread:.{digits}f}")
+        steps = round(np.mean(runs["steps"]))
+        rows.append([name, len(runs["seed"]), *cells, steps, PUBLISHED.get(name, "–")])
+    return table(
+        "data", "seeds", "energy MAE (meV/atom)", "force MAE (eV/Å)", "stress MAE (GPa)", "steps",
+        "published, energy · force", rows=rows)
+
+
+def crossing(facet: dict, key: str, goal: float) -> float | None:
+    """CPU-seconds at which Facet's error is down to the goal; None if it never is.
+
+    Between its trainings, on a line in log-log.
+    """
+    order = np.argsort(facet["cpu_seconds"])
+    seconds = np.array(facet["cpu_seconds"])[order]
+    errors = np.array(facet[key])[order]
+    reached = np.flatnonzero(errors <= goal)
+    if not len(reached):
+        return None
+    i = reached[0]
+    if i == 0:
+        return float(seconds[0])  # the shortest training is enough: an upper bound
+    t = np.log(seconds[i - 1 : i + 1])
+    e = np.log(errors[i - 1 : i + 1])
+    return float(np.exp(np.interp(-np.log(goal), -e, t)))
+
+
+def against_time(name: str, model: str = M64) -> dict[str, dict]:
+    """For each error: MACE's best and when, when Facet is as good, and Facet's own best."""
+    content = read_results("accuracy")["against_time"][name]
+    curve = content["mace"][model]["curve"]
+    found = {}
+    for key in ERRORS:
+        best = int(np.argmin(curve[key]))
+        found[key] = {
+            "goal": curve[key][best],
+            "mace": curve["cpu_seconds"][best],
+            "facet": crossing(content["facet"], key, curve[key][best]),
+            "best": min(content["facet"][key]),
+        }
+    return found
+
+
+def share(entry: dict) -> str:
+    """Facet's share of MACE's processor time."""
+    return f"{100 * entry['facet'] / entry['mace']:.0f} %" if entry["facet"] else "never"
+
+
+def time_to_accuracy() -> list[str]:
+    """How long Facet trains until it is as good as MACE at its best."""
+    rows = []
+    for name, content in read_results("accuracy")["against_time"].items():
+        for model in content["mace"]:
+            for key, entry in against_time(name, model).items():
+                facet = f"{entry['facet']:,.0f}" if entry["facet"] else "never"
+                cells = [f"{entry['goal']:.3g}", f"{entry['mace']:,.0f}", facet, share(entry)]
+                rows.append([f"{name}, {ERRORS[key]}", *cells, f"{entry['best']:.3g}"])
+    return table(
+        "processor time until MACE's best error", "error", "MACE (s)", "Facet (s)", "share",
+        "Facet's best", rows=rows)
+
+
+# ─── Relaxation ──────────────────────────────────────────────────────────────────────────────────
+
+
+def relax_totals() -> dict[str, dict]:
+    """Sums over the crystals, for each way of relaxing them."""
+    content = read_results("relax")
+    found = {}
+    for name in ("mace", "facet"):
+        rows = content["relaxations"].get(name)
+        if rows:
+            keys = ("seconds", "cpu_seconds", "model_seconds", "steps", "evaluations", "converged")
+            found[name] = {key: sum(rows[key]) for key in keys}
+            found[name]["crystals"] = len(rows["steps"])
+    batched = content["batched"]
+    found["batched"] = {**batched, "evaluations": batched["steps"] + batched["crystals"]}
+    return found
+
+
+def relaxation() -> list[str]:
+    """Seconds, steps and milliseconds per step."""
+    names = {"mace": f"{M64}, ASE", "facet": "Facet, ASE", "batched": "Facet, tools.relax"}
+    rows = []
+    for name, one in relax_totals().items():
+        model = "–"
+        if "model_seconds" in one:
+            model = f"{1000 * one['model_seconds'] / one['evaluations']:.1f}"
+        rows.append([
+            names[name], f"{one['seconds']:.0f}", f"{one['cpu_seconds']:.0f}", one["steps"],
+            f"{one['converged']} of {one['crystals']}",
+            f"{1000 * one['seconds'] / one['evaluations']:.1f}", model])
+    return table(
+        "relaxation by", "seconds", "CPU-seconds", "steps", "converged", "ms per step",
+        "of which the model", rows=rows)
+
+
+# ─── Parts of Facet, SevenNet-0 ──────────────────────────────────────────────────────────────────
 
 
 def density() -> list[str]:
     """What summing first is worth, and what the whole model takes."""
-    content = read_results("density")
-    lines = ["| milliseconds, edge by edge → neighbours first | one thread | two threads |", "|---|---|---|"]
+    threads = read_results("density")["threads"]
+    rows = []
     for task in ("energy+forces", "training step"):
-        cells = [content["threads"][threads]["layer"][task] for threads in "12"]
-        lines.append(f"| one layer, {task.replace('+', ' and ')} | " + " | ".join(
-            f"{cell['edge_wise_ms']:.1f} → {cell['density_ms']:.1f} ({cell['ratio']:.1f} ×)" for cell in cells) + " |")
-    ms = [content["threads"][threads]["scaling"]["ms"] for threads in "12"]
+        cells = []
+        for number in "12":
+            one = threads[number]["layer"][task]
+            cells.append(
+                f"{one['edge_wise_ms']:.1f} → {one['density_ms']:.1f} ({one['ratio']:.1f} ×)")
+        rows.append([f"one layer, {task.replace('+', ' and ')}", *cells])
     for atoms in ("8", "64", "512", "4096"):
-        lines.append(f"| the default model, {int(atoms):,} silicon atoms | {ms[0][atoms]:,.1f} | {ms[1][atoms]:,.1f} |")
-    return lines
+        cells = [f"{threads[number]['scaling']['ms'][atoms]:,.1f}" for number in "12"]
+        rows.append([f"the default model, {int(atoms):,} silicon atoms", *cells])
+    return table(
+        "milliseconds, edge by edge → neighbours first", "one thread", "two threads", rows=rows)
 
 
-TABLES = {beside_peers: "README.md", density: "README.md", all_goals: "benchmarks/README.md"}  # and the page where each stands
+def ablation_errors(content: dict, budget: str = "steps") -> dict[str, dict[str, list]]:
+    """{set: {variant: [mean, spread over seeds, seeds, steps]}} of the force MAE, meV/Å."""
+    runs = content["runs"]
+    found = {}
+    for i, variant in enumerate(runs["variant"]):
+        if runs["budget"][i] == budget and runs["base"][i] == content["steps"]:
+            one = found.setdefault(runs["set"][i], {}).setdefault(variant, ([], []))
+            error = runs[FORCE][i]
+            one[0].append(np.nan if error is None else 1000 * error)  # None: diverged
+            one[1].append(runs["steps"][i])
+    for variants in found.values():
+        for variant, (errors, steps) in variants.items():
+            spread = float(np.std(errors, ddof=len(errors) > 1))
+            variants[variant] = [float(np.mean(errors)), spread, len(errors), steps[0]]
+    return found
+
+
+def ablations() -> list[str]:
+    """Each variant's time and memory over the default's, and its error after equal steps."""
+    content = read_results("ablations")
+    variants = content["timings"]["variants"]
+    errors = ablation_errors(content).get("Si", {})
+    default = variants["variant"].index("default")
+    rows = []
+    for i, name in enumerate(variants["variant"]):
+        if name not in errors and variants["group"][i] != "density":
+            continue
+        cells = [f"{variants['parameters'][i]:,}"]
+        for column in (variants["evaluation_ms"], variants["step_ms"]["Si"],
+                       variants["step_MB"]["Si"]):
+            cells.append(f"{column[i] / column[default]:.2f} ×")
+        error = "as the default"
+        if name in errors:
+            mean, spread, seeds, _ = errors[name]
+            error = f"{mean:.1f} ± {spread:.1f}"
+        rows.append([name, *cells, error])
+    return table(
+        f"silicon, {content['steps']} steps", "parameters", "evaluation", "training step", "memory",
+        "force MAE (meV/Å)", rows=rows)
+
+
+def trim() -> list[str]:
+    """SevenNet-0 with splines."""
+    rows = read_results("sevennet_trim")["rows"]
+    lines = []
+    for i, name in enumerate(rows["variant"]):
+        lines.append([
+            name, f"{rows['parameters'][i]:,}", f"{rows['fewer_percent'][i]:.0f} %",
+            f"{rows['energy']['mae'][i]:.3f}", f"{rows['force']['mae'][i]:.2f}",
+            f"{rows['stress']['mae'][i]:.3f}", f"{rows['speed'][i]:.2f} ×"])
+    return table(
+        "SevenNet-0 with splines", "parameters", "fewer", "energy (meV/atom)", "force (meV/Å)",
+        "stress (GPa)", "speed", rows=lines)
+
+
+def best_trim() -> str:
+    """The untuned variant with the least force error among those a quarter smaller."""
+    rows = read_results("sevennet_trim")["rows"]
+    chosen = [
+        i for i, name in enumerate(rows["variant"])
+        if rows["fewer_percent"][i] >= 25 and not name.endswith("tuned")]
+    i = min(chosen, key=lambda i: rows["force"]["mae"][i])
+    return (f"{rows['fewer_percent'][i]:.0f} % fewer parameters · "
+            f"{rows['energy']['mae'][i]:.2f} meV/atom · {rows['force']['mae'][i]:.1f} meV/Å off")
+
+
+def equivariance() -> list[str]:
+    """Errors of each kind of grid layer, on its own grid."""
+    content = read_results("equivariance")
+    rows = []
+    for name, model in content["models"].items():
+        cells = [model["points"], f"{1000 * model[FORCE]:.1f}"]
+        for when in ("before", "after"):
+            column = content["rotation"][name][when]
+            at = column["points"].index(model["points"])
+            cells.append(f"{column['force_relative'][at]:.0e}")
+        cluster = content["cluster"][f"{name} float64"]
+        rows.append([name.removesuffix("-26").replace("silu", "SiLU"), *cells,
+                     f"{cluster['angular_momentum_largest']:.0e}"])
+    return table(
+        "grid layer", "points", "force MAE (meV/Å)", "error of forces under rotation, untrained",
+        "trained", "angular momentum of a cluster", rows=rows)
+
+
+def short_range() -> list[str]:
+    """Whether anything falls together."""
+    rows = []
+    for name, one in read_results("short_range")["models"].items():
+        scan, hot = one["scan"], one["hot"]
+        rows.append([
+            name, scan["pairs"], len(scan["attracting"]),
+            f"{scan['least_energy_at_0.3_A_eV']:,.0f}",
+            f"{hot['structure']}, {hot['picoseconds']:g} ps",
+            f"{min(hot['shortest_distance_A']):.2f}", f"{max(hot['largest_force_eV_per_A']):.0f}"])
+    return table(
+        "model", "pairs of elements", "attracting in the core", "least energy at 0.3 Å (eV)",
+        "at 2,000 K", "shortest distance (Å)", "largest force (eV/Å)", rows=rows)
+
+
+# ─── The README's table ──────────────────────────────────────────────────────────────────────────
+
+
+def beside_peers() -> list[str]:
+    """Facet beside its peers, a line for each subject."""
+    runs = read_results("speed")["runs"]
+    rows = []
+
+    def add(subject: str, against: str, found: str, script: str) -> None:
+        rows.append([subject, against, found, f"[{script}.py](benchmarks/{script}.py)"])
+
+    bare = [speed_ratio(runs, "bare", peers) for peers in
+            ((M64,), (M128,), ("SevenNet-0",), COMPILED)]
+    values = " · ".join(f"{ratio:.1f}" for ratio in bare)
+    peers = f"{M64} · {M128} · SevenNet-0 · NequIP, compiled"
+    add("energy, forces, stress", peers, f"{values} × as fast", "speed")
+
+    train = [speed_ratio(runs, "train", (peer,)) for peer in (M64, M128)]
+    values = " · ".join(f"{ratio:.1f}" for ratio in train)
+    add("a training step", f"{M64} · {M128}", f"{values} × as fast", "speed")
+    add("memory", "the most frugal of them", f"{100 * memory_share(runs):.0f} % of it", "speed")
+
+    for name, words in (("Si", "silicon"), ("crystals", "crystals of 15 elements")):
+        found = against_time(name)
+        values = " · ".join(share(found[key]) for key in (FORCE, ENERGY))
+        subject = f"training on {words} until its best force · energy error"
+        add(subject, M64, f"{values} of its processor time", "accuracy")
+
+    total = relax_totals()
+    mace, ours, many = total["mace"], total["facet"], total["batched"]
+    whole = mace["seconds"] / ours["seconds"]
+    model = (mace["model_seconds"] / mace["evaluations"]) / (
+        ours["model_seconds"] / ours["evaluations"])
+    add("relaxing crystals one by one: in all · a step of the model", M64,
+        f"{whole:.1f} · {model:.1f} × as fast", "relax")
+    rate = (many["crystals"] / many["cpu_seconds"]) / (mace["crystals"] / mace["cpu_seconds"])
+    add("relaxing many at once by `tools.relax`", f"{M64}, one by one",
+        f"{rate:.1f} × as many in the same processor time", "relax")
+
+    add("SevenNet-0 with splines for its radial MLPs, and exact folds", "as it comes", best_trim(),
+        "sevennet_trim")
+    return table("", "against", "Facet", "by", rows=rows)
+
+
+# ─── Pages ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def table(*heading: str, rows: list[list]) -> list[str]:
+    """Lines of a table in markdown."""
+    lines = [heading, ["---"] * len(heading), *rows]
+    return ["| " + " | ".join(str(cell) for cell in line) + " |" for line in lines]
+
+
+HERE = "benchmarks/README.md"
+TABLES = {
+    beside_peers: "README.md", speed: HERE, accuracy: HERE, time_to_accuracy: HERE,
+    relaxation: HERE, density: HERE, ablations: HERE, trim: HERE, equivariance: HERE,
+    short_range: HERE}  # and the page where each stands
 
 
 def write(lines: list[str], page: str) -> None:
     """Put a table in place of the one with the same first line."""
-    before, found, old = (ROOT / page).read_text(encoding="utf-8").partition(lines[0] + "\n")
+    path = ROOT / page
+    before, found, old = path.read_text(encoding="utf-8").partition(lines[0] + "\n")
     if not found:
         sys.exit(f"{page}: no table begins with {lines[0]}")
-    rest = old.partition("\n\n")[2]
-    (ROOT / page).write_text(before + "\n".join(lines) + "\n" + ("\n" + rest if rest else ""), encoding="utf-8")
+    _, gap, rest = old.partition("\n\n")
+    path.write_text(before + "\n".join(lines) + (gap + rest or "\n"), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="put the tables into the pages")
+    sys.stdout.reconfigure(encoding="utf-8")
+    if parser.parse_args().write:
+        for make, page in TABLES.items():
+            write(make(), page)
+    print("\n\n".join("\n".join(make()) for make in TABLES))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true")
-    sys.stdout.reconfigure(encoding="utf-8")
-    if parser.parse_args().write:
-        for table, page in TABLES.items():
-            write(table(), page)
-    print("\n\n".join("\n".join(table()) for table in TABLES))
+    main()
