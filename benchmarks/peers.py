@@ -1,14 +1,19 @@
-"""The models that speed.py compares, each behind the same few methods, and the worker process that times one of them.
+"""The models that speed.py compares, and the worker process that times one of them.
 
-    python benchmarks/peers.py "MACE 128x0e" --species 4 --threads 1     # speed.py starts it with the Python of its package
+    python benchmarks/peers.py "MACE 128x0e" --species 4 --threads 1
 
-A worker reads one JSON line per job from its standard input and answers with one: {"job": "bare", "crystal": "Si 64"}
-gives {"ms": …, "cpu_ms": …, "peak_GB": …}. It prepares what the job needs, then times one call of it:
+speed.py starts it with the Python of the model's package. A worker reads one JSON line per job from
+its standard input and answers with one: {"job": "bare", "crystal": "Si 64"} gives {"ms": …,
+"cpu_ms": …, "peak_GB": …}. It prepares what the job needs, then times one call of it:
+
     bare         energy, forces and stress of the model alone, neighbours given
-    calculator   the same through the package's ASE calculator, positions new every time, neighbour list included
-    train        forward, backward and an Adam step for four rattled copies of the crystal, loss on energy and forces
-Weights are random but for SevenNet-0: time does not depend on them. Everything in float32, cutoff 5 Å, and without a
-gradient for the weights (as the calculator of MACE does it) but in training.
+    calculator   the same through the package's ASE calculator, positions new every time,
+                 neighbour list included
+    train        forward, backward and an Adam step for four rattled copies of the crystal,
+                 loss on energy and forces
+
+Weights are random but for SevenNet-0: time does not depend on them. Everything is in float32,
+cutoff 5 Å, and without a gradient for the weights (as MACE's calculator does it) but in training.
 """
 from __future__ import annotations
 
@@ -27,7 +32,6 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.data import atomic_numbers, chemical_symbols
-
 from common import rattled, silicon, versions
 
 CUTOFF = 5.0  # Å
@@ -37,19 +41,28 @@ SPECIES = {4: ["Na", "Si", "Cl", "Mo"], 89: chemical_symbols[1:90]}  # SevenNet-
 def crystal(name: str) -> Atoms:
     """A rattled crystal from its element and number of atoms, such as "Si 64"."""
     kind, count = name.split()
-    made = {"Si": lambda: silicon(round((int(count) / 8) ** (1 / 3))),
-            "Mo": lambda: rattled(ase.build.bulk("Mo", cubic=True) * (3, 3, 3), 0.05),
-            "NaCl": lambda: rattled(ase.build.bulk("NaCl", "rocksalt", a=5.64, cubic=True) * (4, 2, 2), 0.05)}[kind]()
+    made = {
+        "Si": lambda: silicon(round((int(count) / 8) ** (1 / 3))),
+        "Mo": lambda: rattled(ase.build.bulk("Mo", cubic=True) * (3, 3, 3), 0.05),
+        "NaCl": lambda: rattled(
+            ase.build.bulk("NaCl", "rocksalt", a=5.64, cubic=True) * (4, 2, 2), 0.05
+        ),
+    }[kind]()
     if len(made) != int(count):
-        raise ValueError(f"there is no crystal {name}: Si comes in 8 n³ atoms, Mo in 54, NaCl in 128")
+        raise ValueError(
+            f"there is no crystal {name}: Si comes in 8 n³ atoms, Mo in 54, NaCl in 128"
+        )
     return made
 
 
-# ─── The models ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ─── The models ──────────────────────────────────────────────────────────────────────────────────
+
 
 class Peer:
-    """A model: `graph` is made outside of the timing, `evaluate` gives energy, forces and stress, `predict` what a loss
-    on energies [S] and forces [N, 3] needs."""
+    """A model. `graph` is made outside of the timing, `evaluate` gives energy, forces and stress,
+    `predict` what a loss on energies [S] and forces [N, 3] needs.
+    """
+
     packages: tuple[str, ...] = ()
 
     def use(self, model: torch.nn.Module) -> None:
@@ -67,7 +80,9 @@ class Facet(Peer):
 
     def __init__(self, variant: str, symbols: list[str], device: str, folder: Path):
         import facet
-        self.facet, self.device = facet, device
+
+        self.facet = facet
+        self.device = device
         self.use(facet.Facet(facet.Config(tuple(symbols), cutoff=CUTOFF)).to(device))
 
     def graph(self, crystals: list[Atoms]):
@@ -79,7 +94,7 @@ class Facet(Peer):
         return out["energy"], out["forces"], out["stress"]
 
     def predict(self, graph) -> tuple:
-        out = self.model(graph, training=True)
+        out = self.model(graph, differentiable=True)
         return out["energy"].float(), out["forces"]
 
     def calculator(self):
@@ -87,36 +102,63 @@ class Facet(Peer):
 
 
 class Mace(Peer):
-    """ScaleShiftMACE. The 128-channel models have the settings of MACE-MP-0 small and medium but for the cutoff (5 Å
-    instead of 6), the 64-channel model those that mace_train.py trains: MACE's defaults at max_ell 2, correlation 2.
-    A name that ends in "cuequivariance" takes NVIDIA's kernels."""
+    """ScaleShiftMACE.
+
+    The 128-channel models have the settings of MACE-MP-0 small and medium but for the cutoff (5 Å
+    instead of 6), the 64-channel model those that accuracy.py trains: MACE's defaults at max_ell 2,
+    correlation 2. A name that ends in "cuequivariance" takes NVIDIA's kernels.
+    """
+
     packages = ("mace-torch", "e3nn", "cuequivariance-torch")
 
     def __init__(self, variant: str, symbols: list[str], device: str, folder: Path):
-        from mace import data, modules  # first: it makes the old e3nn, which it needs, importable in today's PyTorch
-        from mace.calculators import MACECalculator
-        from mace.tools import AtomicNumberTable, torch_geometric
-        from e3nn.o3 import Irreps
-        self.data, self.Batch, self.Calculator, self.device = data, torch_geometric.Batch, MACECalculator, device
+        # mace first: it makes the old e3nn, which it needs, importable in today's PyTorch
+        from mace import data, modules  # isort: skip
+        from mace.calculators import MACECalculator  # isort: skip
+        from mace.tools import AtomicNumberTable, torch_geometric  # isort: skip
+        from e3nn.o3 import Irreps  # isort: skip
+
+        self.data = data
+        self.Batch = torch_geometric.Batch
+        self.Calculator = MACECalculator
+        self.device = device
         self.table = AtomicNumberTable([atomic_numbers[symbol] for symbol in symbols])
         irreps, *kernels = variant.split()
         small = irreps.startswith("64")
-        residual, first = (modules.interaction_classes[f"RealAgnostic{kind}InteractionBlock"]
-                           for kind in ("Residual", "" if small else "Residual"))
+        residual = modules.interaction_classes["RealAgnosticResidualInteractionBlock"]
+        first = modules.interaction_classes["RealAgnosticInteractionBlock"] if small else residual
         model = modules.ScaleShiftMACE(
-            r_max=CUTOFF, num_bessel=8 if small else 10, num_polynomial_cutoff=5, max_ell=2 if small else 3,
-            correlation=2 if small else 3, num_interactions=2, hidden_irreps=Irreps(irreps), MLP_irreps=Irreps("16x0e"),
-            interaction_cls=residual, interaction_cls_first=first, radial_MLP=[64, 64, 64], gate=torch.nn.functional.silu,
-            num_elements=len(symbols), atomic_numbers=self.table.zs, atomic_energies=np.zeros(len(symbols)),
-            avg_num_neighbors=30.0, atomic_inter_scale=1.0, atomic_inter_shift=0.0).to(device)
+            r_max=CUTOFF,
+            num_bessel=8 if small else 10,
+            num_polynomial_cutoff=5,
+            max_ell=2 if small else 3,
+            correlation=2 if small else 3,
+            num_interactions=2,
+            hidden_irreps=Irreps(irreps),
+            MLP_irreps=Irreps("16x0e"),
+            interaction_cls=residual,
+            interaction_cls_first=first,
+            radial_MLP=[64, 64, 64],
+            gate=torch.nn.functional.silu,
+            num_elements=len(symbols),
+            atomic_numbers=self.table.zs,
+            atomic_energies=np.zeros(len(symbols)),
+            avg_num_neighbors=30.0,
+            atomic_inter_scale=1.0,
+            atomic_inter_shift=0.0,
+        ).to(device)
         if kernels:
             from mace.cli.convert_e3nn_cueq import run
+
             model = run(model, device=device)
         self.use(model.float())
 
     def graph(self, crystals: list[Atoms]):
         configs = [self.data.config_from_atoms(atoms) for atoms in crystals]
-        graphs = [self.data.AtomicData.from_config(config, z_table=self.table, cutoff=CUTOFF) for config in configs]
+        graphs = [
+            self.data.AtomicData.from_config(config, z_table=self.table, cutoff=CUTOFF)
+            for config in configs
+        ]
         return self.Batch.from_data_list(graphs).to(self.device)
 
     def evaluate(self, graph) -> tuple:
@@ -133,6 +175,7 @@ class Mace(Peer):
 
 class SevenNet(Peer):
     """The pretrained SevenNet-0 of 11 July 2024; the checkpoint comes with the package."""
+
     packages = ("sevenn", "e3nn")
 
     def __init__(self, variant: str, symbols: list[str], device: str, folder: Path):
@@ -140,7 +183,11 @@ class SevenNet(Peer):
         from sevenn.calculator import SevenNetCalculator
         from sevenn.train.dataload import unlabeled_atoms_to_graph
         from torch_geometric.data import Batch
-        self.Data, self.Batch, self.build, self.device = AtomGraphData, Batch, unlabeled_atoms_to_graph, device
+
+        self.Data = AtomGraphData
+        self.Batch = Batch
+        self.build = unlabeled_atoms_to_graph
+        self.device = device
         self.made = SevenNetCalculator("7net-0", device=device)
         if len(self.made.type_map) != len(symbols):
             raise ValueError("SevenNet-0 has 89 species and no other number")
@@ -149,7 +196,8 @@ class SevenNet(Peer):
     def graph(self, crystals: list[Atoms]):
         graphs = [self.Data.from_numpy_dict(self.build(atoms, CUTOFF)) for atoms in crystals]
         self.model.set_is_batch_data(len(graphs) > 1)
-        return (self.Batch.from_data_list(graphs) if len(graphs) > 1 else graphs[0]).to(self.device)
+        graph = self.Batch.from_data_list(graphs) if len(graphs) > 1 else graphs[0]
+        return graph.to(self.device)
 
     def evaluate(self, graph) -> tuple:
         out = self.model(graph.clone())  # it writes its results into the graph
@@ -164,11 +212,14 @@ class SevenNet(Peer):
 
 
 class NequIP(Peer):
-    """NequIP: 4 layers, l_max 2, 64 features; parity off and the radial MLP and type embedding as in the package's presets.
+    """NequIP: 4 layers, l_max 2, 64 features.
 
-    "compiled": what `nequip-compile --mode aotinductor --target ase` makes of it, kept in `folder`; the number of threads
-    is fixed in the generated code, so there is one file for each. Training is eager only.
+    Parity is off; the radial MLP and the type embedding are as in the package's presets.
+    "compiled": what `nequip-compile --mode aotinductor --target ase` makes of it, kept in `folder`;
+    the number of threads is fixed in the generated code, so there is one file for each. Training is
+    eager only.
     """
+
     packages = ("nequip", "e3nn")
 
     def __init__(self, variant: str, symbols: list[str], device: str, folder: Path):
@@ -177,34 +228,60 @@ class NequIP(Peer):
         from nequip.integrations.utils import basic_transforms
         from nequip.model import NequIPGNNModel
         from nequip.utils.global_state import set_global_state
+
         set_global_state(allow_tf32=False)
-        self.join, self.move, self.device = AtomicDataDict.batched_from_list, AtomicDataDict.to_, device
-        self.use(NequIPGNNModel(
-            seed=0, model_dtype="float32", type_names=symbols, r_max=CUTOFF, num_layers=4, l_max=2, num_features=64,
-            parity=False, type_embed_num_features=32, radial_mlp_depth=1, radial_mlp_width=128, avg_num_neighbors=30.0,
-            per_type_energy_scales=1.0, per_type_energy_shifts=0.0).to(device))
+        self.join = AtomicDataDict.batched_from_list
+        self.move = AtomicDataDict.to_
+        self.device = device
+        self.use(
+            NequIPGNNModel(
+                seed=0,
+                model_dtype="float32",
+                type_names=symbols,
+                r_max=CUTOFF,
+                num_layers=4,
+                l_max=2,
+                num_features=64,
+                parity=False,
+                type_embed_num_features=32,
+                radial_mlp_depth=1,
+                radial_mlp_width=128,
+                avg_num_neighbors=30.0,
+                per_type_energy_scales=1.0,
+                per_type_energy_shifts=0.0,
+            ).to(device)
+        )
         self.prepare(training=False)
-        self.transforms = basic_transforms(self.model.metadata, CUTOFF, symbols, {s: s for s in symbols})
+        self.transforms = basic_transforms(
+            self.model.metadata, CUTOFF, symbols, {s: s for s in symbols}
+        )
         if variant:
             version = "-".join(versions("nequip", "torch").values())
-            path = folder / f"nequip-{version}-{device}-{len(symbols)}-{torch.get_num_threads()}.nequip.pt2"
+            threads = torch.get_num_threads()
+            path = folder / f"nequip-{version}-{device}-{len(symbols)}-{threads}.nequip.pt2"
             if not path.exists():
                 self.compile(path)
-            self.made = NequIPCalculator.from_compiled_model(path, device, chemical_species_to_atom_type_map=True)
+            self.made = NequIPCalculator.from_compiled_model(
+                path, device, chemical_species_to_atom_type_map=True
+            )
         else:
             self.made = NequIPCalculator(self.model, device, transforms=self.transforms)
 
     def compile(self, path: Path) -> None:
         """nequip-compile, given the model itself instead of the checkpoint of a training."""
         from nequip.scripts import compile as script
+
         script.load_saved_model = lambda *_, **__: (self.model, self.graph([crystal("Si 64")]))
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"part-{path.name}")
-        script.main(["none", str(part), "--mode", "aotinductor", "--device", self.device, "--target", "ase"])
+        script.main(
+            ["none", str(part), "--mode", "aotinductor", "--device", self.device, "--target", "ase"]
+        )
         part.replace(path)
 
     def graph(self, crystals: list[Atoms]):
         from nequip.data import from_ase
+
         graphs = [from_ase(atoms) for atoms in crystals]
         for transform in self.transforms:
             graphs = [transform(graph) for graph in graphs]
@@ -225,7 +302,8 @@ class NequIP(Peer):
 PEERS = {"Facet": Facet, "MACE": Mace, "SevenNet-0": SevenNet, "NequIP": NequIP}
 
 
-# ─── The jobs ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ─── The jobs ────────────────────────────────────────────────────────────────────────────────────
+
 
 def bare(peer: Peer, atoms: Atoms) -> Callable:
     graph = peer.graph([atoms])
@@ -233,20 +311,25 @@ def bare(peer: Peer, atoms: Atoms) -> Callable:
 
 
 def calculator(peer: Peer, atoms: Atoms) -> Callable:
-    made, rng, home = peer.calculator(), np.random.default_rng(1), atoms.positions.copy()
+    made = peer.calculator()
+    rng = np.random.default_rng(1)
+    home = atoms.positions.copy()
 
     def calculate():
         atoms.positions = home + rng.normal(0, 0.01, home.shape)
         made.calculate(atoms, ["energy", "forces", "stress"])
+
     return calculate
 
 
 def train(peer: Peer, atoms: Atoms) -> Callable:
     """Targets are zeros: what they are makes no difference to the time."""
-    rng, crystals = np.random.default_rng(2), [atoms.copy() for _ in range(4)]
+    rng = np.random.default_rng(2)
+    crystals = [atoms.copy() for _ in range(4)]
     for copy in crystals:
         copy.positions += rng.normal(0, 0.05, copy.positions.shape)
-    graph, optimizer = peer.graph(crystals), torch.optim.Adam(peer.trainable, lr=1e-5)
+    graph = peer.graph(crystals)
+    optimizer = torch.optim.Adam(peer.trainable, lr=1e-5)
 
     def step():
         optimizer.zero_grad()
@@ -254,19 +337,22 @@ def train(peer: Peer, atoms: Atoms) -> Callable:
         loss = (energy / len(atoms)).square().mean() + forces.square().mean()
         loss.backward()
         optimizer.step()
+
     return step
 
 
 JOBS = {"bare": bare, "calculator": calculator, "train": train}
 
 
-# ─── The worker ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ─── The worker ──────────────────────────────────────────────────────────────────────────────────
+
 
 def peak(device: str) -> float:
     """GB that this process (on a GPU: PyTorch there) has held at most."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 class Worker:
@@ -277,21 +363,28 @@ class Worker:
         torch.manual_seed(0)
         name, _, variant = args.model.partition(" ")
         self.peer = PEERS[name](variant, SPECIES[args.species], args.device, args.folder)
-        self.device, self.latest, self.call = args.device, None, None
-        self.about = {"parameters": sum(p.numel() for p in self.peer.trainable), "ready_GB": peak(args.device),
-                      "versions": versions("torch", "ase", *self.peer.packages)}
+        self.device = args.device
+        self.latest = None
+        self.call = None
+        self.about = {
+            "parameters": sum(p.numel() for p in self.peer.trainable),
+            "ready_GB": peak(args.device),
+            "versions": versions("torch", "ase", *self.peer.packages),
+        }
 
     def answer(self, request: dict) -> dict:
         if request != self.latest:
             self.call = None  # frees the last one's memory
             self.peer.prepare(training=request["job"] == "train")
-            self.call, self.latest = JOBS[request["job"]](self.peer, crystal(request["crystal"])), request
+            self.call = JOBS[request["job"]](self.peer, crystal(request["crystal"]))
+            self.latest = request
         synchronize = torch.cuda.synchronize if self.device == "cuda" else lambda: None
         synchronize()
         start, cpu = time.perf_counter(), time.process_time()
         self.call()
         synchronize()
-        ms, cpu_ms = 1000 * (time.perf_counter() - start), 1000 * (time.process_time() - cpu)
+        ms = 1000 * (time.perf_counter() - start)
+        cpu_ms = 1000 * (time.process_time() - cpu)
         return {"ms": ms, "cpu_ms": cpu_ms, "peak_GB": peak(self.device)}
 
 
@@ -304,12 +397,18 @@ def attempt(function: Callable, *args):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help='"Facet", "MACE 128x0e", "SevenNet-0", "NequIP", "NequIP compiled", …')
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "model", help='"Facet", "MACE 128x0e", "SevenNet-0", "NequIP", "NequIP compiled", …'
+    )
     parser.add_argument("--species", type=int, choices=SPECIES, default=89)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--folder", type=Path, default=Path("runs/speed"), help="where compiled models are kept")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/speed"), help="where compiled models are kept"
+    )
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     replies = os.fdopen(os.dup(1), "w", buffering=1)
