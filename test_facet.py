@@ -43,12 +43,9 @@ from unittest import mock
 
 import ase.build
 import ase.io
-import facet
 import numpy as np
 import pytest
-import reference_numpy
 import torch
-import train_small
 from ase import Atoms, units
 from ase.calculators.calculator import PropertyNotImplementedError
 from ase.calculators.emt import EMT
@@ -61,6 +58,10 @@ from hypothesis import strategies as st
 from scipy.interpolate import BSpline
 from scipy.spatial.transform import Rotation
 from scipy.special import sph_harm_y
+
+import facet
+import reference_numpy
+import train_small
 
 HERE = Path(__file__).resolve().parent
 
