@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -386,6 +387,27 @@ def test_two_at_once_do_not_hurt_each_other(example, tmp_path):
     error = ends[codes.index(1)][1]
     assert "another process is writing into it" in error and "Traceback" not in error
     assert_holds(out, wanted)
+
+
+def test_others_wait_from_the_look_at_the_metadata_on(example, tmp_path, monkeypatch):
+    """Nobody can write between the look at what is there and the writing."""
+    path, _ = example
+    out = str(tmp_path / "a.db")
+    look = database.metadata_now
+    tried = []
+
+    def look_while_another_tries(connection):
+        found = look(connection)
+        other = sqlite3.connect(out, timeout=0)
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            other.execute("BEGIN IMMEDIATE")
+        other.close()
+        tried.append(out)
+        return found
+
+    monkeypatch.setattr(database, "metadata_now", look_while_another_tries)
+    database.convert([str(path)], out)
+    assert tried
 
 
 def test_progress_is_a_line_now_and_then_in_a_file(example, tmp_path):

@@ -581,7 +581,7 @@ def free(symbol: str, box: float = 0.0) -> Atoms:
 
 
 @pytest.mark.parametrize("box", [0.0, 20.0])
-@pytest.mark.parametrize("count", [12, 60])  # split by frames, split by materials
+@pytest.mark.parametrize("count", [18, 60])  # 9 materials: split by frames; 30: by materials
 def test_free_atoms_stay_in_training(box, count):
     crystals = alloys(count)
     loose = [free(symbol, box) for symbol in ("Li", "O", "Fe")]
@@ -593,10 +593,16 @@ def test_free_atoms_stay_in_training(box, count):
         assert [atoms.info["source"] for atoms in held] == \
                [atoms.info["source"] for atoms in frames.split(without, seed)[1]]
 
+    # also where other frames of their material are held back
+    same = frames.in_memory([*loose, *crystals])
+    for atoms in same.parts[0].images[:3]:
+        atoms.info["material"] = "material 0"
+    assert all(len(atoms) > 1 for seed in range(60) for atoms in frames.split(same, seed)[1])
+
     # the control: one atom in a small cell is a crystal like any other
     dense = frames.in_memory([free("Li", 3.0), *crystals])
     assert not frames.free_atoms(dense).any() and frames.free_atoms(some).sum() == 3
-    assert any(len(frames.split(dense, seed)[1][0]) == 1 for seed in range(60))
+    assert any(len(atoms) == 1 for seed in range(60) for atoms in frames.split(dense, seed)[1])
 
 
 def test_one_frame_cannot_be_split():
