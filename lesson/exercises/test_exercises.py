@@ -765,23 +765,14 @@ def patch_of(N: int) -> str:
 
 
 def apply_patch(patch: str, source: str) -> str:
-    """The source after a unified diff; ValueError where a hunk does not fit exactly once.
-
-    Context counts as far as it is needed: where all three lines around a change do not fit,
-    because something near by was edited, fewer may.
-    """
+    """The source after a unified diff; ValueError where a hunk does not fit exactly once."""
     for hunk in re.split(r"(?m)^@@ .* @@.*\n", patch)[1:]:
         lines = hunk.splitlines(True)
-        changed = [i for i, line in enumerate(lines) if line[0] in "+-"]
-        for margin in (3, 2, 1):
-            part = lines[max(0, changed[0] - margin):changed[-1] + 1 + margin]
-            old = "".join(line[1:] for line in part if line[0] in " -")
-            new = "".join(line[1:] for line in part if line[0] in " +")
-            if ("\n" + source).count("\n" + old) == 1:
-                source = ("\n" + source).replace("\n" + old, "\n" + new)[1:]
-                break
-        else:
-            raise ValueError(f"should stand in facet.py exactly once:\n{''.join(lines)}")
+        old = "".join(line[1:] for line in lines if line[0] in " -")
+        new = "".join(line[1:] for line in lines if line[0] in " +")
+        if ("\n" + source).count("\n" + old) != 1:
+            raise ValueError(f"should stand in facet.py exactly once:\n{old}")
+        source = ("\n" + source).replace("\n" + old, "\n" + new)[1:]
     return source
 
 
