@@ -1,26 +1,33 @@
-"""Relax the same perturbed crystals with Facet and with MACE, trained on the same data, and with Facet many at once.
+"""Relax the same perturbed crystals with Facet and with MACE, trained on the same data.
 
-    python benchmarks/relax.py --data FOLDER --facet runs/crystals/model.pt --mace runs/mace-crystals-64/mace.model
-    python benchmarks/relax.py … --quick                              # 8 crystals, 15 steps; writes nothing
-    python benchmarks/relax.py … --device cuda --batched 2000 --batch_atoms 50000     # more crystals in the batched run
+    OMP_NUM_THREADS=1 envs/mace/bin/python benchmarks/relax.py --data FOLDER \\
+        --facet runs/crystals/model.pt --mace runs/mace-crystals-64/mace.model
+    … --quick                                             # 8 crystals, 15 steps; writes nothing
+    … --device cuda --batched 2000 --batch_atoms 50000    # more crystals in the batched run
 
-Run by the Python of MACE's environment (benchmarks/README.md), with OMP_NUM_THREADS set to --threads in front: SciPy has
-threads of its own. FOLDER is that of accuracy.py; the model of Facet is train_small.py's on crystals_train, that of MACE
-mace_train.py's on the same. Without --mace only Facet relaxes.
+Run by the Python of MACE's environment (benchmarks/README.md), with OMP_NUM_THREADS set to
+--threads in front: SciPy has threads of its own. FOLDER is that of accuracy.py; the model of Facet
+is train_small.py's on the crystals, that of MACE accuracy.py's on the same. Without --mace only
+Facet relaxes.
 
-The crystals: of each material of the test set the frame of lowest energy, repeated to 2 … 100 atoms, strained by up to
-3 % and rattled by 0.05 Å, seeds fixed. Each is relaxed to fmax 0.02 eV/Å, cell included, in at most 300 steps, in turn by
+The crystals: of each material of the test set the frame of lowest energy, repeated to 2 … 100
+atoms, strained by up to 3 % and rattled by 0.05 Å, seeds fixed. Each is relaxed to fmax 0.02 eV/Å,
+cell included, in at most 300 steps, in turn by
+
     facet    ASE's FIRE and FrechetCellFilter with FacetCalculator
     mace     the same with MACECalculator, both in float32
-and then by `facet.relax`, all at once and once more in groups of like size, for the picture. One whose cell stretches or
-shrinks e-fold stops, as in facet.relax, and like one that needs more steps it counts as not converged.
-All 60 take 30 to 50 minutes on one quiet core.
 
-The two models differ, and so do their paths and steps: the ratio per step is the fair one, with the evaluations and the
-time that each model itself takes beside it, for much of the rest is FrechetCellFilter's. Final energies, volumes and
-lattices are compared where both converged; volumes also with the labels (SevenNet-0), for the materials whose frame of
-lowest energy is all but relaxed. The energies of the two differ as their errors do. Other programs spoil the times: look
-at the CPU seconds beside them. Writes benchmarks/results/relax.json and figures/relax.png (relax_cuda for a GPU).
+and then by tools.relax, all at once and once more in groups of like size, for the picture. One
+whose cell stretches or shrinks e-fold stops, as in tools.relax, and like one that needs more steps
+it counts as not converged. All 60 take 30 to 50 minutes on one quiet core.
+
+The two models differ, and so do their paths and steps: the ratio per step is the fair one, with the
+evaluations and the time that each model itself takes beside it, for much of the rest is
+FrechetCellFilter's. Final energies, volumes and lattices are compared where both converged; volumes
+also with the labels (SevenNet-0), for the materials whose frame of lowest energy is all but
+relaxed. The energies of the two differ as their errors do. Other programs spoil the times: look at
+the CPU seconds beside them. Writes benchmarks/results/relax.json and its picture (relax_cuda for a
+GPU).
 """
 from __future__ import annotations
 
@@ -37,24 +44,27 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator
 from ase.filters import FrechetCellFilter
 from ase.optimize import FIRE
-
-from common import SETS, versions, write_results
-
-import facet
-import train_small
+from common import columns, read_set, versions, write_results
 from pictures import draw_results
 
-FMAX, STEPS, LARGEST = 0.02, 300, 100  # eV/Å, steps, atoms
-STRAIN, RATTLE = 0.03, 0.05  # largest component, Å
-NEARLY_RELAXED = 0.5 / 160.21766, 0.05  # eV/Å³ and eV/Å: what the labels' largest stress and force may be, at most
+import facet
+from tools.relax import relax
+
+FMAX = 0.02    # eV/Å
+STEPS = 300    # at most
+LARGEST = 100  # atoms
+STRAIN = 0.03  # largest component
+RATTLE = 0.05  # Å
+NEARLY_RELAXED = 0.5 / 160.21766, 0.05  # eV/Å³ and eV/Å: largest stress and force of the labels
 GROUPS = 2, 4, 8, 16, 32, 64, LARGEST + 1  # atoms at which the groups of the picture begin
-LABELS = {"facet": "Facet, ASE", "mace": "MACE, ASE", "batched": "Facet, facet.relax"}
+LABELS = {"facet": "Facet, ASE", "mace": "MACE, ASE", "batched": "Facet, tools.relax"}
 
 
-# ─── The crystals ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ─── The crystals ────────────────────────────────────────────────────────────────────────────────
+
 
 def supercell(atoms: Atoms, size: int) -> Atoms:
-    """The shortest lattice vector is repeated until there are `size` atoms, or the next time would give more than LARGEST."""
+    """The shortest lattice vector is repeated until there are `size` atoms, at most LARGEST."""
     repeat = np.ones(3, int)
     while len(atoms) * repeat.prod() < size:
         longer = repeat + (np.arange(3) == np.argmin(repeat * atoms.cell.lengths()))
@@ -64,41 +74,60 @@ def supercell(atoms: Atoms, size: int) -> Atoms:
     return atoms * repeat
 
 
-def perturbed(frames: list[train_small.Frame], count: int, seed: int) -> list[Atoms]:
-    """`count` strained and rattled supercells of all sizes. info: material and, if known, its relaxed volume, Å³ per atom."""
-    rng, lowest = np.random.default_rng(seed), {}
-    for frame in sorted(frames, key=lambda frame: -frame.energy / len(frame.atoms)):
-        lowest[frame.material] = frame
+def perturbed(frames: list[Atoms], count: int, seed: int) -> list[Atoms]:
+    """`count` strained and rattled supercells of all sizes.
+
+    info: the material and, if it is known, its relaxed volume, Å³ per atom.
+    """
+    # the frame of lowest energy of each material
+    lowest = {}
+    for frame in frames:
+        energy = frame.calc.results["energy"] / len(frame)
+        material = frame.info["material"]
+        if material not in lowest or energy < lowest[material][0]:
+            lowest[material] = (energy, frame)
+
+    rng = np.random.default_rng(seed)
+    sizes = rng.permutation(np.geomspace(2, LARGEST, count).round())
     crystals = []
-    for i, size in enumerate(rng.permutation(np.geomspace(2, LARGEST, count).round())):
-        frame = lowest[sorted(lowest)[i % len(lowest)]]
-        atoms = supercell(frame.atoms, size)
-        relaxed = np.abs(frame.stress).max() < NEARLY_RELAXED[0] and np.abs(frame.forces).max() < NEARLY_RELAXED[1]
-        volume = frame.atoms.get_volume() / len(frame.atoms)
-        atoms.info = {"material": str(frame.atoms.symbols), "volume": volume if relaxed else None}
+    for i, size in enumerate(sizes):
+        _, frame = list(lowest.values())[i % len(lowest)]
+        stress, force = (np.abs(frame.calc.results[name]).max() for name in ("stress", "forces"))
+        volume = None
+        if stress < NEARLY_RELAXED[0] and force < NEARLY_RELAXED[1]:
+            volume = frame.get_volume() / len(frame)
+
+        atoms = supercell(frame, size)
+        atoms.calc = None
+        atoms.info = {"material": str(frame.symbols), "volume": volume}
         strain = rng.uniform(-STRAIN, STRAIN, (3, 3))
-        atoms.set_cell(atoms.cell.array @ (np.eye(3) + (strain + strain.T) / 2), scale_atoms=True)
+        deformed = atoms.cell.array @ (np.eye(3) + (strain + strain.T) / 2)
+        atoms.set_cell(deformed, scale_atoms=True)
         atoms.positions += rng.normal(0, RATTLE, (len(atoms), 3))
         crystals.append(atoms)
     return crystals
 
 
-# ─── Relaxing them ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ─── Relaxing them ───────────────────────────────────────────────────────────────────────────────
+
 
 def timed(job: Callable) -> tuple[object, dict[str, float]]:
     """What the job returns; wall and CPU seconds."""
     wall, cpu = time.perf_counter(), time.process_time()
     result = job()
-    return result, {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+    seconds = time.perf_counter() - wall
+    return result, {"seconds": seconds, "cpu_seconds": time.process_time() - cpu}
 
 
 def watch(calculator: Calculator) -> Calculator:
     """Makes the calculator keep count of its evaluations, and of their seconds, in `spent`."""
-    calculate, calculator.spent = calculator.calculate, {"evaluations": 0, "model_seconds": 0.0}
+    calculate = calculator.calculate
+    calculator.spent = {"evaluations": 0, "model_seconds": 0.0}
 
     def watched(*args, **kwargs):
+        _, spent = timed(lambda: calculate(*args, **kwargs))
         calculator.spent["evaluations"] += 1
-        calculator.spent["model_seconds"] += timed(lambda: calculate(*args, **kwargs))[1]["seconds"]
+        calculator.spent["model_seconds"] += spent["seconds"]
 
     calculator.calculate = watched
     return calculator
@@ -106,9 +135,10 @@ def watch(calculator: Calculator) -> Calculator:
 
 def described(atoms: Atoms, energy: float) -> dict:
     """What is compared."""
-    energy = energy / len(atoms) if np.isfinite(energy) else None  # JSON knows no nan
-    return {"energy_eV_per_atom": energy, "volume_A3_per_atom": atoms.get_volume() / len(atoms),
-            "lattice": atoms.cell.cellpar().tolist()}
+    return {
+        "energy_eV_per_atom": energy / len(atoms),
+        "volume_A3_per_atom": atoms.get_volume() / len(atoms),
+        "lattice": atoms.cell.cellpar().tolist()}
 
 
 def with_ase(start: Atoms, calculator: Calculator, steps: int) -> dict:
@@ -120,101 +150,136 @@ def with_ase(start: Atoms, calculator: Calculator, steps: int) -> dict:
     optimizer = FIRE(FrechetCellFilter(atoms), logfile=None)
 
     def run() -> tuple[bool, str | None]:
+        converged = False
         try:
-            for converged in optimizer.irun(fmax=FMAX, steps=steps):
-                stretch = np.linalg.svd(np.linalg.solve(start.cell.array, atoms.cell.array), compute_uv=False)
+            for step_converged in optimizer.irun(fmax=FMAX, steps=steps):
+                converged = bool(step_converged)
+                deformation = np.linalg.solve(start.cell.array, atoms.cell.array)
+                stretch = np.linalg.svd(deformation, compute_uv=False)
                 if np.abs(np.log(stretch)).max() > 1:
                     return False, "stretched or shrunk e-fold"
-            return bool(converged), None
-        except (ValueError, RuntimeError, np.linalg.LinAlgError) as error:  # the end of a bad potential: counted, and kept
+            return converged, None
+        except (ValueError, RuntimeError, np.linalg.LinAlgError) as error:
+            # the end of a bad potential: counted, and kept
             return False, f"{type(error).__name__}: {error}".splitlines()[0]
 
     (converged, error), seconds = timed(run)
-    return {"steps": optimizer.nsteps, "converged": converged, "error": error, **seconds, **calculator.spent,
-            **described(atoms, float(calculator.results.get("energy", np.nan)))}
+    energy = float(calculator.results.get("energy", np.nan))
+    return {
+        "steps": optimizer.nsteps, "converged": converged, "error": error, **seconds,
+        **calculator.spent, **described(atoms, energy)}
 
 
-def batched(model: facet.Facet, crystals: list[Atoms], steps: int, batch_atoms: int) -> tuple[list[dict], dict]:
-    """All at once by facet.relax: a row for each crystal, and the seconds."""
-    relaxed, seconds = timed(lambda: facet.relax(model, crystals, fmax=FMAX, steps=steps, batch_atoms=batch_atoms))
-    energies = [atoms.get_potential_energy() if atoms.calc else np.nan for atoms in relaxed]
-    return [{**atoms.info, **described(atoms, energy)} for atoms, energy in zip(relaxed, energies)], seconds
+def batched(model: facet.Facet, crystals: list[Atoms], steps: int, batch_atoms: int) -> tuple:
+    """All at once by tools.relax: a row for each crystal, and the seconds."""
+    relaxed, seconds = timed(lambda: relax(model, crystals, FMAX, steps, batch_atoms=batch_atoms))
+    rows = []
+    for atoms in relaxed:
+        energy = atoms.get_potential_energy() if atoms.calc else np.nan
+        done = {"steps": atoms.info["steps"], "converged": atoms.info["converged"]}
+        rows.append({**done, **described(atoms, energy)})
+    return rows, seconds
 
 
-# ─── Report ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+def in_groups(model: facet.Facet, crystals: list[Atoms], steps: int, batch_atoms: int) -> dict:
+    """The batched run once more, like sizes together; columns."""
+    groups = []
+    for smallest, beyond in zip(GROUPS, GROUPS[1:], strict=False):
+        group = [atoms for atoms in crystals if smallest <= len(atoms) < beyond]
+        if not group:
+            continue
+        rows, spent = batched(model, group, steps, batch_atoms)
+        evaluations = sum(row["steps"] + 1 for row in rows)
+        groups.append({
+            "crystals": len(group), "mean_atoms": np.mean([len(atoms) for atoms in group]),
+            **spent, "seconds_per_crystal": spent["seconds"] / len(group),
+            "ms_per_evaluation": 1000 * spent["seconds"] / evaluations})
+    return columns(groups)
 
-def total(rows: list[dict], name: str) -> dict:
-    """Sums over the crystals that one calculator relaxed with ASE."""
-    rows = [row[name] for row in rows]
-    sums = {key: sum(row[key] for row in rows) for key in ("seconds", "cpu_seconds", "model_seconds", "steps", "evaluations")}
-    return {**sums, "converged": sum(row["converged"] for row in rows), "crystals": len(rows),
-            "errors": [row["error"] for row in rows if row["error"]],
-            **{f"ms_per_evaluation{part}": 1000 * sums[f"{part[1:]}{'_' * bool(part)}seconds"] / sums["evaluations"]
-               for part in ("", "_cpu", "_model")}}
+
+# ─── Comparing ───────────────────────────────────────────────────────────────────────────────────
 
 
 def difference(rows: list[dict], one: str, other: str) -> dict:
     """Final energies, volumes and lattices of the crystals that both relaxed."""
-    pairs = [(row[one], row[other]) for row in rows if row[one]["converged"] and row[other]["converged"]]
-    if not pairs:
-        return {"crystals": 0}
-    energy = [1000 * abs(a["energy_eV_per_atom"] - b["energy_eV_per_atom"]) for a, b in pairs]
-    volume = [100 * abs(a["volume_A3_per_atom"] / b["volume_A3_per_atom"] - 1) for a, b in pairs]
-    length = [100 * max(abs(a["lattice"][k] / b["lattice"][k] - 1) for k in range(3)) for a, b in pairs]
-    angle = [max(abs(a["lattice"][k] - b["lattice"][k]) for k in range(3, 6)) for a, b in pairs]
-    units = {"energy_meV_per_atom": energy, "volume_percent": volume, "lattice_length_percent": length,
-             "lattice_angle_degrees": angle}
-    return {"crystals": len(pairs), "same_number_of_steps": sum(a["steps"] == b["steps"] for a, b in pairs),
-            **{name: {"median": float(np.median(x)), "largest": float(np.max(x))} for name, x in units.items()}}
+    units = {
+        "energy_meV_per_atom": [], "volume_percent": [], "lattice_length_percent": [],
+        "lattice_angle_degrees": []}
+    same = 0
+    for row in rows:
+        a, b = row[one], row[other]
+        if not (a["converged"] and b["converged"]):
+            continue
+        same += a["steps"] == b["steps"]
+        energy = 1000 * abs(a["energy_eV_per_atom"] - b["energy_eV_per_atom"])
+        volume = 100 * abs(a["volume_A3_per_atom"] / b["volume_A3_per_atom"] - 1)
+        left, right = np.array(a["lattice"]), np.array(b["lattice"])
+        length = 100 * np.abs(left[:3] / right[:3] - 1).max()
+        angle = np.abs(left[3:] - right[3:]).max()
+        for values, value in zip(units.values(), (energy, volume, length, angle), strict=True):
+            values.append(value)
+
+    result = {"crystals": len(units["volume_percent"]), "same_number_of_steps": same}
+    for name, values in units.items():
+        if values:
+            result[name] = {"median": np.median(values), "largest": np.max(values)}
+    return result
 
 
 def against_labels(rows: list[dict], name: str) -> dict:
     """Relaxed volumes against the materials' nearly relaxed frames."""
-    errors = [100 * (row[name]["volume_A3_per_atom"] / row["label_volume"] - 1) for row in rows
-              if row["label_volume"] and row[name]["converged"]]
-    return {"crystals": len(errors), **({"median_percent": float(np.median(errors)), "median_absolute_percent":
-                                         float(np.median(np.abs(errors)))} if errors else {})}
+    errors = []
+    for row in rows:
+        if row["label_volume"] and row[name]["converged"]:
+            errors.append(100 * (row[name]["volume_A3_per_atom"] / row["label_volume"] - 1))
+    result = {"crystals": len(errors)}
+    if errors:
+        result["median_percent"] = np.median(errors)
+        result["median_absolute_percent"] = np.median(np.abs(errors))
+    return result
 
 
-def headline(results: dict, rows: list[dict]) -> dict:
-    """Ratios wanted and reached."""
-    table, ours, theirs = {}, results["facet"], results.get("mace")
-
-    def add(name: str, value: float, goal: float):
-        table[name] = {"value": value, "goal": f"at least {goal:g}", "reached": bool(value >= goal)}
-        print(f"{name:58s} {value:7.2f}   at least {goal:g}: {'reached' if value >= goal else 'not reached'}")
-
-    if theirs:
-        add("wall time of all relaxations, MACE / Facet", theirs["seconds"] / ours["seconds"], 5)
-        for part, text in (("", "wall time"), ("_cpu", "CPU time"), ("_model", "the model's part")):
-            key = f"ms_per_evaluation{part}"
-            add(f"per step, {text}, MACE / Facet", theirs[key] / ours[key], 5)
-        each = [[row[name]["seconds"] / row[name]["evaluations"] for name in ("mace", "facet")] for row in rows]
-        add("per step, wall time, median over crystals, MACE / Facet", float(np.median([a / b for a, b in each])), 5)
+def show(results: dict, rows: list[dict], names: list[str]) -> None:
+    print("\n                      seconds  CPU s   steps  converged   ms per step, of the model")
+    for name in names:
+        sums = {}
+        for key in ("seconds", "cpu_seconds", "model_seconds", "steps", "evaluations", "converged"):
+            sums[key] = sum(row[name][key] for row in rows)
+        step = 1000 * sums["seconds"] / sums["evaluations"]
+        model = 1000 * sums["model_seconds"] / sums["evaluations"]
+        print(
+            f"{LABELS[name]:20s} {sums['seconds']:8.1f} {sums['cpu_seconds']:6.1f} "
+            f"{sums['steps']:7d} {sums['converged']:4d} of {len(rows):3d} {step:10.2f} "
+            f"{model:10.2f}")
     many = results["batched"]
-    for name, text, goal in (("facet", "Facet", 2), ("mace", "MACE", 10)):
-        if name in results:
-            rates = [part["crystals"] / part["cpu_seconds"] for part in (many, results[name])]  # not run in turn: no wall time
-            add(f"crystals per second of processor time, facet.relax / {text} with ASE", rates[0] / rates[1], goal)
-    return table
+    print(
+        f"{LABELS['batched']:20s} {many['seconds']:8.1f} {many['cpu_seconds']:6.1f} "
+        f"{many['steps']:7d} {many['converged']:4d} of {many['crystals']:3d} "
+        f"{many['ms_per_evaluation']:10.2f}\n")
+    for name, values in (results["differences"] | results["volume_against_labels"]).items():
+        print(f"{name}:", values)
 
 
-# ─── Command line ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ─── Command line ────────────────────────────────────────────────────────────────────────────────
+
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with crystals/")
     parser.add_argument("--facet", type=Path, required=True, help="model.pt of train_small.py")
-    parser.add_argument("--mace", type=Path, help="model of mace_train.py; without it only Facet relaxes")
+    parser.add_argument("--mace", type=Path, help="model of accuracy.py; without it only Facet")
     parser.add_argument("--count", type=int, default=60, help="crystals (default 60)")
-    parser.add_argument("--batched", type=int, default=0, help="crystals in the batched run, if more than --count")
-    parser.add_argument("--batch_atoms", type=int, default=256, help="atoms evaluated at a time in the batched run (default 256)")
+    parser.add_argument("--batched", type=int, default=0,
+                        help="crystals in the batched run, if more than --count")
+    parser.add_argument("--batch_atoms", type=int, default=256,
+                        help="atoms evaluated at a time in the batched run (default 256)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="a smoke run that writes nothing")
     args = parser.parse_args()
-    for path in filter(None, (args.facet, args.mace)):
-        if not path.is_file():
+    for path in (args.facet, args.mace):
+        if path and not path.is_file():
             parser.error(f"{path}: no such model")
     return args
 
@@ -227,80 +292,88 @@ def models(args: argparse.Namespace) -> tuple[facet.Facet, dict[str, Calculator]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about packages that speed up other things
             from mace.calculators import MACECalculator
-            calculators["mace"] = watch(MACECalculator(model_paths=str(args.mace), device=args.device, default_dtype="float32"))
+
+            calculators["mace"] = watch(MACECalculator(
+                model_paths=str(args.mace), device=args.device, default_dtype="float32"))
     return model, calculators
 
 
-def in_groups(model: facet.Facet, crystals: list[Atoms], steps: int, batch_atoms: int) -> list[dict]:
-    """The batched run once more, like sizes together."""
-    groups = []
-    for smallest, beyond in zip(GROUPS, GROUPS[1:]):
-        group = [atoms for atoms in crystals if smallest <= len(atoms) < beyond]
-        if group:
-            rows, seconds = batched(model, group, steps, batch_atoms)
-            evaluations = sum(row["steps"] + 1 for row in rows)
-            groups.append({"crystals": len(group), "mean_atoms": float(np.mean([len(atoms) for atoms in group])), **seconds,
-                           "seconds_per_crystal": seconds["seconds"] / len(group),
-                           "ms_per_evaluation": 1000 * seconds["seconds"] / evaluations})
-    return groups
+def one_by_one(crystals: list[Atoms], calculators: dict, steps: int) -> list[dict]:
+    """A row for each crystal: its relaxations by ASE."""
+    rows = []
+    for i, atoms in enumerate(crystals):
+        row = {
+            "material": atoms.info["material"], "atoms": len(atoms),
+            "label_volume": atoms.info["volume"]}
+        for name in sorted(calculators, reverse=bool(i % 2)):  # neither is always first
+            row[name] = with_ase(atoms, calculators[name], steps)
+        rows.append(row)
 
-
-def show(results: dict, names: list[str]) -> None:
-    print("\n                      seconds  CPU s   steps  converged   ms per step, of which the model")
-    for name in names:
-        t = results[name]
-        print(f"{LABELS[name]:20s} {t['seconds']:8.1f} {t['cpu_seconds']:6.1f} {t['steps']:7d} {t['converged']:4d} of "
-              f"{t['crystals']:3d} {t['ms_per_evaluation']:10.2f} {t.get('ms_per_evaluation_model', np.nan):10.2f}")
-    print()
-    for name, values in (results["differences"] | results["volume_against_labels"]).items():
-        print(f"{name}:", values)
+        words = []
+        for name in calculators:
+            done = "" if row[name]["converged"] else " (not converged)"
+            words.append(f"{name} {row[name]['seconds']:7.2f} s, {row[name]['steps']} steps{done}")
+        print(f"{i:3d} {row['material']:10s} {len(atoms):4d} atoms  ", "  ".join(words), flush=True)
+    return rows
 
 
 def main():
     args = parse()
     torch.set_num_threads(args.threads)
-    warnings.filterwarnings("ignore", message="logm result may be inaccurate")  # by 1e-13, FrechetCellFilter, at every step
+    # by 1e-13, FrechetCellFilter, at every step
+    warnings.filterwarnings("ignore", message="logm result may be inaccurate")
+
+    # Crystals: the same ones again, perturbed anew, where the batched run has more
     count, steps = (8, 15) if args.quick else (args.count, STEPS)
-    frames = train_small.read((str(args.data / SETS["crystals"].format("test")),))
-    crystals = [atoms for seed in range(-(-max(count, args.batched) // count)) for atoms in perturbed(frames, count, seed)]
+    many = max(count, args.batched)
+    _, frames = read_set(args.data, "crystals")
+    frames = list(frames)
+    crystals = []
+    for seed in range(-(-many // count)):
+        crystals += perturbed(frames, count, seed)
     model, calculators = models(args)
-    sizes, load = [len(atoms) for atoms in crystals[:count]], os.getloadavg()[0]
-    print(f"{count} crystals of {min(sizes)} to {max(sizes)} atoms; {args.device}, {args.threads} thread(s), "
-          f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'not set')}, load {load:.1f}")
-    for calculator in calculators.values():  # the first calls compile
-        for atoms in sorted(crystals[:count], key=len)[::max(1, count // 4)]:
+    sizes = [len(atoms) for atoms in crystals[:count]]
+    load = os.getloadavg()[0]
+    omp_threads = os.environ.get("OMP_NUM_THREADS")
+    print(
+        f"{count} crystals of {min(sizes)} to {max(sizes)} atoms; {args.device}, {args.threads} "
+        f"thread(s), OMP_NUM_THREADS={omp_threads or 'not set'}, load {load:.1f}")
+
+    # One by one; the first calls compile
+    for calculator in calculators.values():
+        for atoms in sorted(crystals[:count], key=len)[:: max(1, count // 4)]:
             with_ase(atoms, calculator, 2)
-    rows = []
-    for i, atoms in enumerate(crystals[:count]):
-        row = {"material": atoms.info["material"], "atoms": len(atoms), "label_volume": atoms.info["volume"]}
-        for name in sorted(calculators, reverse=bool(i % 2)):  # neither is always first
-            row[name] = with_ase(atoms, calculators[name], steps)
-        rows.append(row)
-        print(f"{i:3d} {row['material']:10s} {len(atoms):4d} atoms", *(
-            f"  {name} {row[name]['seconds']:7.2f} s, {row[name]['steps']:3d} steps"
-            f"{'' if row[name]['converged'] else ' (not converged)'}" for name in calculators), flush=True)
-    found, seconds = batched(model, crystals[:max(count, args.batched)], steps, args.batch_atoms)
-    for row, one in zip(rows, found):
+    rows = one_by_one(crystals[:count], calculators, steps)
+
+    # All at once
+    found, seconds = batched(model, crystals[:many], steps, args.batch_atoms)
+    for row, one in zip(rows, found, strict=False):
         row["batched"] = one
     evaluations = sum(row["steps"] + 1 for row in found)
-    results = {"device": torch.cuda.get_device_name() if "cuda" in args.device else "cpu", "threads": args.threads,
-               "omp_num_threads": os.environ.get("OMP_NUM_THREADS"), "load": load, "packages": versions("mace-torch", "e3nn"),
-               "fmax": FMAX, "steps": steps, **{name: total(rows, name) for name in calculators},
-               "batched": {"crystals": len(found), "converged": sum(row["converged"] for row in found),
-                           "steps": evaluations - len(found), "batch_atoms": args.batch_atoms, **seconds,
-                           "ms_per_evaluation": 1000 * seconds["seconds"] / evaluations,
-                           "crystals_per_second": len(found) / seconds["seconds"]}}
-    if "cuda" in args.device:
+    cuda = "cuda" in args.device
+    results = {
+        "device": torch.cuda.get_device_name() if cuda else "cpu", "threads": args.threads,
+        "omp_num_threads": omp_threads, "load": load, "packages": versions("mace-torch", "e3nn"),
+        "fmax": FMAX, "steps": steps,
+        "batched": {
+            "crystals": len(found), "converged": sum(row["converged"] for row in found),
+            "steps": evaluations - len(found), "batch_atoms": args.batch_atoms, **seconds,
+            "ms_per_evaluation": 1000 * seconds["seconds"] / evaluations,
+            "crystals_per_second": len(found) / seconds["seconds"]}}
+    if cuda:
         results["batched"]["peak_memory_GB"] = torch.cuda.max_memory_allocated() / 1e9
     results["groups"] = in_groups(model, crystals[:count], steps, args.batch_atoms)
-    results["differences"] = {f"{one}, {other}": difference(rows, one, other)
-                              for one, other in (("facet", "mace"), ("facet", "batched")) if other in rows[0]}
-    results["volume_against_labels"] = {name: against_labels(rows, name) for name in calculators}
-    show(results, [*calculators, "batched"])
-    results["headline"] = headline(results, rows)
+
+    # Differences
+    results["differences"] = {}
+    for one, other in (("facet", "mace"), ("facet", "batched")):
+        if other in rows[0]:
+            results["differences"][f"{one}, {other}"] = difference(rows, one, other)
+    results["volume_against_labels"] = {n: against_labels(rows, n) for n in calculators}
+    show(results, rows, list(calculators))
     if not args.quick:
-        name = "relax_cuda" if "cuda" in args.device else "relax"
-        write_results(name, results | {"relaxations": rows})
+        name = "relax_cuda" if cuda else "relax"
+        write_results(name, results | {"relaxations": columns(rows)})
         draw_results(name)
 
 
