@@ -17,11 +17,13 @@ from pathlib import Path
 from types import ModuleType
 
 import ase.build
+import draw
 import numpy as np
 import pytest
 import torch
 from ase import Atoms
 from ase.data import chemical_symbols
+from matplotlib.figure import Figure
 
 import facet
 import reference_numpy
@@ -141,6 +143,26 @@ def test_every_picture_of_the_lesson_is_shown():
         for target in re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", text_of(page)):
             shown.add((page.parent / target).resolve())
     assert {path for path in FIGURES.iterdir()} <= shown
+
+
+@pytest.mark.parametrize("name", draw.PICTURES)
+def test_pictures_can_be_drawn(name, monkeypatch):
+    """draw.py still fits facet.py; with an untrained model, short dynamics, and nothing written."""
+    whole = test_facet.conservation
+
+    def short(calculator, atoms, **more):
+        return whole(calculator, atoms, **more | {"steps": 5})
+
+    monkeypatch.setattr(test_facet, "conservation", short)
+    paint, height, needs_model = draw.PICTURES[name]
+    figure = Figure((draw.WIDTH, height))
+    if needs_model:
+        model = facet.Facet(facet.Config(("Cu", "Au")), torch.float64).requires_grad_(False)
+        paint(figure, model)
+    else:
+        paint(figure)
+    assert figure.axes
+    assert (FIGURES / f"{name}.png").is_file(), f"python lesson/draw.py --only {name}"
 
 
 # ─── Names in the pages ───────────────────────────────────────────────────────────────────────────
