@@ -506,7 +506,8 @@ def evaluate(config, state, symbols, positions, cell, pbc):
     # Constants of each species: reference energy, nuclear charge, core
     E0 = config["reference_energies"] or [0.0] * len(known)  # [Z] eV
     charge = [atomic_numbers[symbol] for symbol in known]  # [Z]
-    core = config["core"] or [0.75 * covalent_radii[q] for q in charge]  # [Z] Å
+    usual = [min(0.75 * covalent_radii[q], config["cutoff"] / 2) for q in charge]  # [Z] Å
+    core = config["core"] or usual  # [Z] Å
 
     energies = np.zeros(N)  # [N] eV
     for i in range(N):
