@@ -720,7 +720,7 @@ LOOKED_FOR = {  # exercise: what tells that facet.py holds a solution, under wha
     7: "new output of the model with three numbers for each atom",
     8: "radial basis of splines that are not those facet.py came with",
     9: "class whose forward takes what Density.forward takes",
-    10: "new outputs of the model for each crystal: one number, and one for each member",
+    10: "pair of new outputs of the model for each crystal: one number, and one for each member",
     11: "class whose forward takes what Density.forward takes, and needs G with m2 = 0 alone",
     12: "subclass of FacetCalculator",
 }
