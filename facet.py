@@ -165,7 +165,8 @@ class Batch(NamedTuple):
     present: Tensor  # [U] the species that occur, sorted
 
     def to(self, device) -> Batch:
-        return Batch(*(tensor.to(device) for tensor in self))
+        """The batch on another device; what uses it there waits for it, the caller does not."""
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
 def neighbour_list(positions: np.ndarray, cell: np.ndarray, pbc, cutoff: float):
