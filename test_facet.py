@@ -264,8 +264,12 @@ def cutoff_continuity(calculator, atoms: Atoms, of="energy", noise: float = 1e-9
 
 
 def isolated_atom(calculator, atoms: Atoms, expected: dict | None = None, of="energy") -> float:
-    """An atom of each element, alone in a large cell, has the energy `expected` ({symbol: eV};
-    without, the same in two cells), no forces, no stress. Units as `of`."""
+    """An atom of each element, alone in a large cell, has the energy `expected` ({symbol: eV}; of
+    a Facet: E0; else the same in two cells), no forces, no stress. Units as `of`."""
+    if isinstance(calculator, facet.FacetCalculator) and expected is None:
+        config = calculator.model.config
+        E0 = config.reference_energies or [0.0] * len(config.species)
+        expected = dict(zip(config.species, E0, strict=True))
     worst = 0.0
     for symbol in sorted(set(atoms.symbols)):
         alone = Atoms(symbol, [[1, 2, 3]], cell=[21, 22, 23], pbc=True)
@@ -381,87 +385,77 @@ class Row(NamedTuple):
         return self.limit < 0  # an exception where none belongs
 
 
-def one_for_each(function):
-    """A property with a number for energy, forces and stress → a function that gives all three."""
-    def errors(calculator, atoms, **more):
-        found = []
-        for name in ALL:
-            try:
-                found.append(function(calculator, atoms, of=name, **more))
-            except (PropertyNotImplementedError, NotImplementedError):
-                found.append(None)
-        return tuple(found)
-    return errors
+def slope(calculator, atoms: Atoms, of: str, step: float = 2e-5) -> float:
+    """force_slope or stress_slope, as `of` says."""
+    function = force_slope if of == "forces" else stress_slope
+    return function(calculator, atoms, step=step)
 
 
-def slopes(calculator, atoms, **more):
-    found = [None, force_slope(calculator, atoms, **more)]
-    try:
-        found.append(stress_slope(calculator, atoms, **more))
-    except (PropertyNotImplementedError, NotImplementedError, ValueError):  # no stress, no volume
-        found.append(None)
-    return tuple(found)
-
-
-def jumps(calculator, atoms, **more):
-    return (cutoff_continuity(calculator, atoms, "energy", **more),
-            cutoff_continuity(calculator, atoms, "forces", **more), None)
-
-
-def free_atoms(calculator, atoms):
-    expected = None
-    if isinstance(calculator, facet.FacetCalculator):
-        config = calculator.model.config
-        expected = dict(zip(config.species, config.reference_energies or [0.0] * 99, strict=False))
-    return one_for_each(partial(isolated_atom, expected=expected))(calculator, atoms)
-
-
-def short_dynamics(calculator, atoms):
+def short_dynamics(calculator, atoms: Atoms, of: str) -> float:
     """25 fs, in shorter steps if the atoms are too fast: forces that are no slopes do not mind."""
     for steps in (50, 100, 200):
         error = conservation_error(calculator, atoms, steps=steps, femtoseconds=25 / steps)
         if error < TOL["drift"]:
             break
-    return (error, None, None)
+    return error
 
 
-PROPERTIES = {  # name: (errors of a calculator and a crystal, tolerance)
-    "rotation": (one_for_each(rotation), "rounding"),
-    "reflection": (one_for_each(reflection), "rounding"),
-    "translation": (one_for_each(translation), "rounding"),
-    "permutation": (one_for_each(permutation), "rounding"),
-    "another cell of the lattice": (one_for_each(other_cell), "rounding"),
-    "supercell": (one_for_each(supercell), "rounding"),
-    "atoms folded or not": (one_for_each(folding), "rounding"),
-    "alone or in a batch": (one_for_each(alone_or_in_a_batch), "rounding"),
-    "slope of the energy": (slopes, "slope"),
-    "jump at the cutoff": (jumps, "cutoff"),
-    "isolated atom": (free_atoms, "rounding"),
-    "conservation, part of kinetic": (short_dynamics, "drift"),
+PROPERTIES = {  # name: (function, what it is measured in, tolerance)
+    "rotation": (rotation, ALL, "rounding"),
+    "reflection": (reflection, ALL, "rounding"),
+    "translation": (translation, ALL, "rounding"),
+    "permutation": (permutation, ALL, "rounding"),
+    "another cell of the lattice": (other_cell, ALL, "rounding"),
+    "supercell": (supercell, ALL, "rounding"),
+    "atoms folded or not": (folding, ALL, "rounding"),
+    "alone or in a batch": (alone_or_in_a_batch, ALL, "rounding"),
+    "slope of the energy": (slope, ("forces", "stress"), "slope"),
+    "jump at the cutoff": (cutoff_continuity, ("energy", "forces"), "cutoff"),
+    "isolated atom": (isolated_atom, ALL, "rounding"),
+    "conservation, part of kinetic": (short_dynamics, ("energy",), "drift"),
 }
+FLOAT32 = {  # tolerance in float64: (in float32, what the function must know of it)
+    "rounding": ("float32", {}),
+    "slope": ("float32 slope", {"step": 0.01}),
+    "cutoff": ("float32 cutoff", {"noise": 1e-5}),
+    "drift": ("drift", {}),
+}
+NOTHING = (None, None, None)
 
 
 def property_row(name: str, calculator, atoms: Atoms, precision: str = "float64") -> Row:
     """One line of the table. What a calculator cannot do is noted; Facet has to do everything."""
-    errors, tolerance = PROPERTIES[name]
+    function, parts, tolerance = PROPERTIES[name]
     more = {}
     if precision == "float32":
-        more = {"slope": {"step": 0.01}, "cutoff": {"noise": 1e-5}}.get(tolerance, {})
-        tolerance = {"rounding": "float32", "slope": "float32 slope",
-                     "cutoff": "float32 cutoff"}.get(tolerance, tolerance)
+        tolerance, more = FLOAT32[tolerance]
     ours = isinstance(calculator, facet.FacetCalculator)
     if ours and calculator.model.config.activation == "silu" and name in ("rotation", "reflection"):
         tolerance = "silu"
+
+    errors = []
     try:
         size = 1.0
         if tolerance != "drift":
             size = max(1.0, float(np.abs(value(calculator, atoms, "forces")).max()))
-        return Row(name, errors(calculator, atoms, **more), TOL[tolerance] * size)
+        for of in ALL:
+            try:
+                measured = of in parts and not (of == "stress" and atoms.cell.rank < 3)
+                errors.append(function(calculator, atoms, of=of, **more) if measured else None)
+            except (PropertyNotImplementedError, NotImplementedError):
+                if ours:
+                    raise
+                errors.append(None)
+        return Row(name, tuple(errors), TOL[tolerance] * size)
     except NotApplicable as reason:
-        return Row(name, (None, None, None), 0.0, f"not applicable: {reason}")
+        return Row(name, NOTHING, 0.0, f"not applicable: {reason}")
     except Exception as error:
-        text = f"{type(error).__name__}: {error}".split("\n")[0][:60]
-        return Row(name, (None, None, None), -1.0 if ours else 0.0, text)
+        return Row(name, NOTHING, -1.0 if ours else 0.0, in_short(error))
+
+
+def in_short(error: Exception) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {error}".split("\n")[0][:90]
 
 
 def ladder(model, atoms: Atoms, derivatives: bool = False) -> dict[str, float]:
@@ -604,8 +598,7 @@ def guard_row(name: str) -> Row:
             return property_row(name, guard_calculator(), TRICLINIC)
         return PARTS[name]()
     except Exception as error:
-        text = f"{type(error).__name__}: {error}".split("\n")[0][:60]
-        return Row(name, (None, None, None), -1.0, text)
+        return Row(name, NOTHING, -1.0, in_short(error))
 
 
 def guard() -> list[Row]:
@@ -624,7 +617,7 @@ def line(row: Row) -> str:
         cells.append(f"{'-':>9}" if error is None else f"{error:9.1e}")
     limit = f"below {row.limit:.0e}" if row.limit > 0 else ""
     verdict = "WRONG" if row.wrong else "ok"
-    if not row.wrong and all(error is None for error in row.errors):
+    if not row.wrong and row.errors == NOTHING:
         verdict = "-"
     return f"{row.name:33}{''.join(cells)}  {limit:12}  {verdict:5}  {row.note}".rstrip()
 
@@ -700,8 +693,7 @@ def given_calculator(words: list[str], dtype: str):
     try:
         calculator = getattr(importlib.import_module(module), name)(**keywords)
     except Exception as error:
-        text = str(error).split("\n")[0]
-        raise SystemExit(f"error: {spec} cannot be made: {type(error).__name__}: {text}") from None
+        raise SystemExit(f"error: {spec} cannot be made: {in_short(error)}") from None
     if not hasattr(calculator, "get_property"):
         raise SystemExit(f"error: {spec} makes no ASE calculator")
     return [(f"{spec}, limits of {dtype or 'float32'}", calculator, dtype or "float32")]
@@ -719,9 +711,8 @@ def check_calculator(words: list[str], dtype: str, file: str, species: list[str]
             atoms = ase.io.read(file) if file else random_crystal(known)
             value(calculator, atoms, "energy")
         except Exception as error:
-            text = f"{type(error).__name__}: {error}".split("\n")[0]
             where = file or f"a crystal of {' '.join(known)} (try --species or --atoms)"
-            raise SystemExit(f"error: no energy of {where}: {text}") from None
+            raise SystemExit(f"error: no energy of {where}: {in_short(error)}") from None
         wrong += table(f"{title}, {atoms.symbols}; errors in eV per atom, eV/Å, eV/Å³",
                        (property_row(name, calculator, atoms, precision) for name in PROPERTIES))
         print()
@@ -1089,7 +1080,7 @@ def test_table_finds_what_is_wrong_with_any_calculator():
     several = [name for name in PROPERTIES if name != "alone or in a batch"]
     for name in several:
         right = property_row(name, EMT(), atoms, "float32")
-        assert not right.wrong and right.errors != (None, None, None), line(right)
+        assert not right.wrong and right.errors != NOTHING, line(right)
         wrong = property_row(name, Crooked(), atoms, "float32")
         assert wrong.wrong or "not applicable" in wrong.note, line(wrong)
         without = property_row(name, Forceful(), atoms, "float32")
@@ -1433,10 +1424,21 @@ def test_fit_finds_the_best_splines_and_reports_the_error():
     differ("error of the fastest wave", error[-1], 0)
     assert error[0] < error[-1] / 10, "a slow wave should fit better than a fast one"
 
+    # Without distances they are those of a uniform medium: as many as the shells have volume.
+    r = torch.linspace(0.7, CUTOFF, 50, dtype=torch.float64)
+    fits = []
+    for distances in (None, CUTOFF * torch.linspace(0, 1, 10_001).double() ** (1 / 3),
+                      torch.linspace(0, CUTOFF, 1024)):
+        splines.fit(waves, distances)
+        fits.append(splines(r))
+    right, wrong = largest(fits[0], fits[1])[0], largest(fits[0], fits[2])[0]
+    assert right < wrong / 10, "not weighted by the volume of the shells"
+
 
 def test_core_repels_ever_more_and_ends_smoothly():
     """From where the core begins down to nothing; there it ends with two derivatives."""
     core = facet.Repulsion(facet.Config(species=("H", "O", "Si", "Cu", "U"))).double()
+    same("default core", core.core, 0.75 * covalent_radii[[1, 8, 14, 29, 92]], "exact")
     for i, j in combinations_with_replacement(range(5), 2):
         end = float(core.core[i] + core.core[j])
 
@@ -1558,8 +1560,8 @@ def test_silu_grid_gains_from_a_finer_grid_under_rotation():
 
 def test_scalar_layer_needs_one_grid_point():
     for activation in ("product", "silu"):
-        last, finer = build(activation=activation).layers[-1].grid, copy.deepcopy(
-            build(activation=activation).layers[-1].grid)
+        last = build(activation=activation, grid_degree=9).layers[-1].grid
+        finer = copy.deepcopy(last)
         assert len(last.to_grid) == 1
         points, weights = facet.lebedev(9)
         finer.to_grid = torch.ones(len(points), 1, dtype=torch.float64)
