@@ -331,6 +331,12 @@ class Instrument(ast.NodeTransformer):
         targets = target.elts if isinstance(target, ast.Tuple) else [target]
         return [node, self.look(number, [ast.unparse(one) for one in targets])]
 
+    def visit_AugAssign(self, node):
+        number = self.claim_of(node)
+        if number is None:
+            return node
+        return [node, self.look(number, [ast.unparse(node.target)])]
+
     def visit_Expr(self, node):
         call = node.value
         buffer = isinstance(call, ast.Call) and ast.unparse(call.func) == "self.register_buffer"
@@ -399,6 +405,8 @@ def instrumented(source: str, run, seeds: dict[str, int]) -> list[Claim]:
             shapes = claim.shapes * len(values)
 
         for value, shape in zip(values, shapes):
+            if isinstance(value, (list, tuple)) and all(np.isscalar(one) for one in value):
+                value = np.array(value)
             if not hasattr(value, "shape"):
                 continue
             claim.seen = True
