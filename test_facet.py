@@ -783,6 +783,7 @@ MODELS = {
     "L=0": {"degree": 0},
     "L=4, two layers": {"degree": 4, "layers": 2, "channels": 4, "groups": 4},
     "atoms within the core": {"core": (1.3, 1.2, 1.1)},
+    "no core": {"core": (0.0, 0.0, 0.0)},
     "silu": {"activation": "silu"},
     "silu, fine": {"activation": "silu", "grid_degree": 131},
 }
@@ -1372,6 +1373,7 @@ def test_padded_neighbours_add_nothing_and_get_no_gradient():
     ("sit on one spot", Atoms("SiO", [[0, 0, 0], [0, 0, 1e-5]])),
     ("sit on one spot", Atoms("SiO", [[0, 0, 0], [4, 4, -8]], cell=[4, 4, 4], pbc=True)),
     ("cell vector is zero", Atoms("Si", cell=[3, 3, 0], pbc=True)),
+    ("there are no atoms", Atoms(cell=[3, 3, 3], pbc=True)),
 ), ids=lambda value: value if isinstance(value, str) else str(value.symbols))
 def test_broken_crystal_is_refused(message, atoms):
     with pytest.raises(ValueError, match=message):
@@ -1439,6 +1441,8 @@ def test_core_repels_ever_more_and_ends_smoothly():
     """From where the core begins down to nothing; there it ends with two derivatives."""
     core = facet.Repulsion(facet.Config(species=("H", "O", "Si", "Cu", "U"))).double()
     same("default core", core.core, 0.75 * covalent_radii[[1, 8, 14, 29, 92]], "exact")
+    short = facet.Repulsion(facet.Config(species=("H", "U"), cutoff=2.0)).core
+    same("core within half the cutoff", short, [0.75 * covalent_radii[1], 1.0], "exact")
     for i, j in combinations_with_replacement(range(5), 2):
         end = float(core.core[i] + core.core[j])
 
@@ -1690,6 +1694,25 @@ def test_calculator_gives_the_energy_forces_and_stress_of_the_model():
             atoms.calc.get_stress(PINNED[name])
 
 
+@pytest.mark.parametrize("mode", (
+    torch.inference_mode, torch.no_grad, torch.enable_grad,
+    partial(torch.autocast, "cpu", torch.bfloat16)), ids=str)
+def test_calculator_gives_the_same_forces_in_any_mode_of_torch(mode, tmp_path):
+    """And it draws no random numbers, nor does load; it refuses words that it does not know."""
+    want = facet.FacetCalculator(build(), "cpu").get_forces(TRICLINIC)
+    facet.save(build(), tmp_path / "model.pt")
+    before = torch.get_rng_state()
+    for model in (build(), tmp_path / "model.pt"):
+        calculator = facet.FacetCalculator(model, "cpu")
+        with mode():
+            same("forces", calculator.get_forces(TRICLINIC), want, "exact")
+            same("forces again", calculator.get_forces(rotated(TRICLINIC, GENERIC)) @ GENERIC,
+                 want, "float32")
+    same("state of the random numbers", torch.get_rng_state(), before, "exact")
+    with pytest.raises(TypeError, match="dtyp"):
+        facet.FacetCalculator(build(), dtyp=torch.float64)
+
+
 @pytest.mark.parametrize("batch_atoms", (1, 12, 1000))
 def test_evaluate_keeps_the_order_whatever_the_batches(batch_atoms):
     """Those of a batch are alike, not adjacent. Stress only where there is a volume."""
@@ -1764,7 +1787,9 @@ def test_outputs_have_their_shapes_and_dtypes(dtype):
     model = build(dtype)
     shapes = {"energy": (2,), "energies": (7,), "forces": (7, 3), "virial": (2, 3, 3),
               "stress": (2, 3, 3)}
-    out = model(batch_of(model, TRICLINIC, SMALL))
+    batch = batch_of(model, TRICLINIC, SMALL)
+    out = model(batch)
+    assert not batch.vectors.requires_grad, "the batch was changed"
     assert {name: tuple(tensor.shape) for name, tensor in out.items()} == shapes
     assert out["energy"].dtype == out["energies"].dtype == torch.float64
     assert out["forces"].dtype == out["stress"].dtype == dtype
@@ -1786,6 +1811,11 @@ def test_outputs_have_their_shapes_and_dtypes(dtype):
     ("first_knot", {"first_knot": -0.1}), ("mean_neighbours", {"mean_neighbours": 0.0}),
     ("one number per species", {"reference_energies": (1.0,)}),
     ("one number per species", {"core": (1.0, 1.0)}),
+    ("half the cutoff", {"core": (1.0, 1.0, 1.8)}), ("half the cutoff", {"core": (1.0, -0.1, 1.0)}),
+    ("must be a tuple of items", {"species": "SiO"}), ("must be of type int", {"channels": 6.5}),
+    ("must be of type float", {"cutoff": np.nan}), ("must be finite", {"cutoff": np.inf}),
+    ("must be finite", {"energy_scale": np.inf}), ("must be finite", {"core": (1.0, np.nan, 1.0)}),
+    ("must be finite", {"reference_energies": (1.0, np.nan, 1.0)}),
 ), ids=str)
 def test_config_refuses_what_cannot_be_built(message, change):
     with pytest.raises(ValueError, match=message) as error:
