@@ -142,6 +142,14 @@ def columns(rows: list[dict]) -> dict:
     return table
 
 
+def rows(table: dict) -> list[dict]:
+    """Columns of a table → its rows; the inverse of `columns`."""
+    plain = {key: rows(column) if isinstance(column, dict) else column
+             for key, column in table.items()}
+    count = len(next(iter(plain.values()), []))
+    return [{key: column[i] for key, column in plain.items()} for i in range(count)]
+
+
 def rounded(x):
     """Floats to four significant digits, at any depth; NaN, which JSON lacks, to None."""
     if isinstance(x, dict):
