@@ -1,75 +1,336 @@
-"""Train on real data with the default settings, several seeds; print mean and spread of the test errors.
+"""Test errors: Facet's with default settings, and Facet's and MACE's against processor time.
 
-    python benchmarks/accuracy.py --data FOLDER                          # mlearn/Si, mlearn/Li and crystals in FOLDER
-    python benchmarks/accuracy.py --data FOLDER --sets Si --seeds 1      # one run of ten minutes
+    python benchmarks/accuracy.py defaults --data FOLDER       # several seeds, means and spreads
+    python benchmarks/accuracy.py time --data FOLDER --mace runs/mace-*/curve.json    # 40 minutes
+    envs/mace/bin/python benchmarks/accuracy.py mace --data FOLDER --set Si --model 64 \\
+        --epochs 48 --out runs/mace-Si-64                      # an hour and more
 
-FOLDER holds mlearn/{Si,Li}_{train,test}.extxyz (Zuo et al., J. Phys. Chem. A 124, 731 (2020), github.com/
-materialsvirtuallab/mlearn, converted to extended XYZ) and crystals/crystals_{train,test}.json.gz (MPtrj layout).
-`--parallel 2 --threads 1` trains two at a time, each on one core. Writes benchmarks/results/accuracy.json.
+FOLDER holds mlearn/{Si,Li}_{train,test}.extxyz (Zuo et al., J. Phys. Chem. A 124, 731 (2020),
+github.com/materialsvirtuallab/mlearn, converted to extended XYZ) and
+crystals/crystals_{train,test}.json.gz (MPtrj layout; converted by tools.database into
+runs/benchmarks). Options that this script does not know go on to train_small.py.
+
+defaults    Whole trainings by train_small.py on the published training sets, validation off.
+time        Whole trainings of several lengths, one thread each: Facet follows its clock, so each of
+            its points is a training of its own. Counted against Facet is the processor time of the
+            whole program: imports, reading, tests, plots. For Linux and macOS.
+mace        MACE's own trainer, by the Python of its environment (benchmarks/README.md), with the
+            test errors and CPU-seconds after every epoch in curve.json. Counted against MACE is
+            training alone, at the speed of its fastest epoch; and the test set serves as MACE's
+            validation set, so that its best epoch is chosen with knowledge of the answers.
+
+The settings of MACE are those of its documentation and of the MACE-MP-0 recipe: universal (Huber)
+loss with weights 1, 10 and 100 for energy, forces and stress, AMSGrad at 0.01, batches of 5 or 10
+structures, EMA 0.99, learning rate × 0.8 after 5 epochs without gain, stage two (energy weight
+1000, stochastic weight averaging) for the last quarter; float32. Writes
+benchmarks/results/accuracy.json and its picture.
 """
+from __future__ import annotations
+
 import argparse
+import importlib
 import json
-import shlex
+import os
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
+from common import (
+    ROOT,
+    SETS,
+    columns,
+    data_files,
+    hardware,
+    read_results,
+    read_set,
+    versions,
+    write_results,
+)
+from summary import ERRORS, STRESS, accuracy, time_to_accuracy
 
-from common import ROOT, SETS, write_results
+KEPT = (
+    "energy_mae_meV_per_atom", "energy_rmse_meV_per_atom", "force_mae_eV_per_A",
+    "force_rmse_eV_per_A", "stress_mae_GPa", "stress_rmse_GPa", "parameters", "train_seconds",
+    "steps", "padding", "time", "total_seconds")
 
-SHOWN = {"energy_mae_meV_per_atom": "energy MAE (meV/atom)", "force_mae_eV_per_A": "force MAE (eV/Å)",
-         "stress_mae_GPa": "stress MAE (GPa)", "train_seconds": "training (s)", "steps": "steps"}
+MODELS = {
+    # the 64-channel model of the tables, MACE-MP-0 small, MACE-MP-0 medium
+    "64": ["--hidden_irreps=64x0e + 64x1o", "--max_ell=2", "--correlation=2"],
+    "128x0e": ["--hidden_irreps=128x0e", "--max_ell=3", "--correlation=3"],
+    "128x0e+128x1o": ["--hidden_irreps=128x0e + 128x1o", "--max_ell=3", "--correlation=3"]}
+FULL_NAMES = {"64": "MACE 64x0e+64x1o"}
 
 
-def run(data: Path, name: str, seed: int, threads: int, more: list[str]) -> dict:
-    """One training in a process of its own; returns its result.json, without paths."""
+# ─── Facet ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def training(data: Path, name: str, options: list[str]) -> tuple[dict, float]:
+    """One whole training by train_small.py: its result.json, and the process's CPU-seconds."""
+    files = data_files(data, name)
+    command = [sys.executable, ROOT / "train_small.py", "--name", name, "--valid", "0"]
+    command += ["--train", files["train"], "--test", files["test"], *options]
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, ROOT / "train_small.py", "--name", name, "--seed", str(seed), "--threads", str(threads), *more]
-        for part in ("train", "test"):
-            command += [f"--{part}", data / SETS[name].format(part)]
-        done = subprocess.run([str(word) for word in command], cwd=folder, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"{name}, seed {seed}: {done.stderr.strip()}")
+        with open(Path(folder) / "log", "w") as log:
+            process = subprocess.Popen(
+                [str(word) for word in command], cwd=folder, stdout=log, stderr=log)
+            _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            last = (Path(folder) / "log").read_text().strip().splitlines()[-1:]
+            sys.exit(f"{name}, {' '.join(options)}: the training failed: {' '.join(last)}")
         result = json.loads((Path(folder) / "runs" / name / "result.json").read_text())
-    result["command"] = shlex.join(["python", "train_small.py", "--train", SETS[name].format("train"), "--test",
-                                    SETS[name].format("test"), "--name", name, "--seed", str(seed), "--threads", str(threads), *more])
-    physics = result["physics"]  # without its curves
-    result["physics"] = {"drift": physics["energy_drift"]["drift_meV_per_atom_per_ps"],
-                         "equivariance": {dtype: max(errors) for dtype, errors in physics["equivariance_error"].items()}}
-    result["settings"].update(train=SETS[name].format("train"), test=SETS[name].format("test"))
-    print(f"{name}, seed {seed}:", ", ".join(f"{text} {result[key]:.4g}" for key, text in SHOWN.items()), flush=True)
-    return result
+    print(
+        f"{name}, {' '.join(options)}:",
+        ", ".join(f"{text} {result[key]:.4g}" for key, text in ERRORS.items()),
+        f"stress MAE (GPa) {result[STRESS]:.4g}", flush=True)
+    return result, usage.ru_utime + usage.ru_stime
 
 
-def summarize(runs: list[dict]) -> dict:
-    """Mean and standard deviation over seeds of what is shown, and the runs themselves."""
-    summary = {key: {"mean": float(np.mean([r[key] for r in runs])), "std": float(np.std([r[key] for r in runs]))} for key in SHOWN}
-    return {"summary": summary, "baselines": runs[0]["baselines"], "runs": sorted(runs, key=lambda r: r["settings"]["seed"])}
+def defaults(args: argparse.Namespace, more: list[str]) -> None:
+    """Several seeds of every set; saved after each, so that hours of work outlive a stop."""
+    content = read_results("accuracy")
+    for name in args.sets:
+        data_files(args.data, name)  # converted once, before several trainings want it
 
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--parallel", type=int, default=1)
-    args, more = parser.parse_known_args()  # what this script does not know goes to train_small.py
-    jobs = [(name, seed) for seed in range(args.seeds) for name in args.sets if name != "crystals" or seed == 0]
-    sets = {name: {"runs": []} for name in args.sets}
+    found = {name: [] for name in args.sets}
     with ThreadPoolExecutor(args.parallel) as pool:
-        futures = {pool.submit(run, args.data, *job, args.threads, more): job for job in jobs}
-        for future in as_completed(futures):  # saved after each: hours of work outlive an interruption
-            sets[futures[future][0]]["runs"].append(future.result())
-            write_results("accuracy", {"threads_each": args.threads, "at_a_time": args.parallel,
-                                       "sets": {name: summarize(content["runs"]) for name, content in sets.items() if content["runs"]}})
-    for name, content in sets.items():
-        summary = summarize(content["runs"])["summary"]
-        print(f"{name}, {len(content['runs'])} seeds:", ", ".join(f"{text} {summary[key]['mean']:.4g} ± {summary[key]['std']:.2g}"
-                                                                 for key, text in SHOWN.items()))
+        jobs = {}
+        for seed in range(args.seeds):
+            for name in args.sets:
+                options = ["--seed", str(seed), "--threads", str(args.threads), *more]
+                jobs[pool.submit(training, args.data, name, options)] = (name, seed)
+        for job in as_completed(jobs):
+            name, seed = jobs[job]
+            result, _ = job.result()
+            drift = result["physics"]["energy_drift"]["drift_meV_per_atom_per_ps"]
+            errors = result["physics"]["equivariance_error"]
+            physics = {
+                "drift": drift, "equivariance": {key: max(error) for key, error in errors.items()}}
+            kept = {key: result[key] for key in KEPT}
+            found[name].append({"seed": seed, **kept, "physics": physics})
+            found[name].sort(key=lambda run: run["seed"])
+            content.setdefault("defaults", {})[name] = {
+                "runs": columns(found[name]), "baselines": result["baselines"]}
+            write_results("accuracy", content)
+    print("\n".join(accuracy()))
+
+
+def against_time(args: argparse.Namespace, more: list[str]) -> None:
+    """Facet's errors after several budgets, beside MACE's curves."""
+    content = read_results("accuracy")
+    sets = content.setdefault("against_time", {})
+    for name in args.sets:
+        sets.setdefault(name, {"facet": {}, "mace": {}})
+    for (name, model), run in mace_curves(args.mace).items():
+        sets.setdefault(name, {"facet": {}, "mace": {}})["mace"][model] = run
+
+    if not args.reuse:
+        for name in args.sets:
+            data_files(args.data, name)
+        with ThreadPoolExecutor(args.parallel) as pool:
+            # longest first, so that the cores end together
+            jobs = {}
+            for minutes in sorted(args.minutes, reverse=True):
+                for name in args.sets:
+                    options = ["--threads", "1", "--minutes", str(minutes), *more]
+                    jobs[minutes, name] = pool.submit(training, args.data, name, options)
+        for name in args.sets:
+            points = []
+            for minutes in sorted(args.minutes):
+                result, seconds = jobs[minutes, name].result()
+                kept = {key: result[key] for key in ("steps", "parameters", *ERRORS, STRESS)}
+                points.append({
+                    **kept, "minutes": minutes, "cpu_seconds": seconds, "hardware": hardware()})
+            sets[name]["facet"] = columns(points)
+    write_results("accuracy", content)
+    print("\n".join(time_to_accuracy()))
+
+    for name, one in sets.items():
+        machines = {run["hardware"] for run in one["mace"].values()}
+        other = set(one["facet"].get("hardware", [])) - machines
+        if machines and other:
+            print(f"{name}: CAUTION, Facet ran on {', '.join(other)}: shares compare machines, too")
+    from pictures import draw_results
+    draw_results("accuracy")
+
+
+def mace_curves(paths: list[Path]) -> dict[tuple[str, str], dict]:
+    """Curves by set and model, with a time axis at which every epoch costs what the fastest did.
+
+    Where several files are of one model and set, the longest is the curve; the others, undisturbed
+    epochs or another machine, count as clocks: the fastest epoch of all, and its hardware.
+    """
+    files = {}
+    for path in paths:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        files.setdefault((run.pop("set"), run.pop("model")), []).append(run)
+
+    curves = {}
+    for key, same in files.items():
+        epochs = []
+        for run in same:
+            seconds = [point["cpu_seconds"] for point in run["curve"]]
+            epochs.append((float(min(np.diff(seconds))), run["hardware"]))
+        longest = max(same, key=lambda run: len(run["curve"]))
+        epoch, longest["hardware"] = min(epochs)
+        for i, point in enumerate(longest["curve"]):
+            point["cpu_seconds_measured"] = point["cpu_seconds"]
+            point["cpu_seconds"] = i * epoch
+        longest["curve"] = columns(longest["curve"])
+        curves[key] = longest
+    return curves
+
+
+# ─── MACE ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def converted(data: Path, name: str, out: Path) -> dict[str, Path]:
+    """The same frames as extended XYZ, under the names that MACE expects."""
+    import ase.io
+
+    files = {}
+    for part, frames in zip(("train", "test"), read_set(data, name), strict=True):
+        images = []
+        for frame in frames:
+            labels = frame.calc.results
+            atoms = frame.copy()
+            atoms.info = {"REF_energy": labels["energy"]}
+            if "stress" in labels:
+                atoms.info["REF_stress"] = frame.get_stress(voigt=False)
+            atoms.arrays["REF_forces"] = labels["forces"]
+            images.append(atoms)
+        files[part] = out / f"{part}.xyz"
+        ase.io.write(files[part], images, format="extxyz")
+    return files
+
+
+class Curve:
+    """Test errors and CPU-seconds of training after every epoch, kept in curve.json."""
+
+    def __init__(self, path: Path, about: dict):
+        self.path = path
+        self.about = about
+        self.points = []
+        self.start = time.process_time()
+        self.evaluation = 0.0  # CPU-seconds
+
+    def go_on(self, points: int) -> None:
+        """After a restart MACE evaluates once: that takes the place of the checkpoint's line."""
+        kept = json.loads(self.path.read_text(encoding="utf-8"))["curve"]
+        self.points = kept[:points]
+        self.start -= self.points.pop()["cpu_seconds"]
+
+    def watch(self, evaluate):
+        """MACE's function, which is called after every epoch, with the curve behind it."""
+
+        def watched(*args, **kwargs):
+            before = time.process_time()
+            loss, errors = evaluate(*args, **kwargs)
+            self.evaluation += time.process_time() - before
+            self.points.append({
+                "cpu_seconds": time.process_time() - self.start - self.evaluation,
+                "energy_mae_meV_per_atom": 1000 * float(errors["mae_e_per_atom"]),
+                "force_mae_eV_per_A": float(errors["mae_f"]),
+                "stress_mae_GPa": 160.21766 * float(errors["mae_stress"])})
+            part = self.path.with_suffix(".part")
+            part.write_text(json.dumps({**self.about, "curve": self.points}), encoding="utf-8")
+            part.replace(self.path)
+            print(f"epoch {len(self.points) - 1:3d} {self.points[-1]}", flush=True)
+            return loss, errors
+
+        return watched
+
+
+def mace(args: argparse.Namespace, more: list[str]) -> None:
+    """MACE's own training."""
+    import torch
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(args.threads)
+    files = converted(args.data, args.set, args.out)
+
+    # after the conversion: importing MACE changes settings of the process
+    from mace.cli import run_train
+    from mace.tools.arg_parser import build_default_arg_parser
+    trainer = importlib.import_module("mace.tools.train")  # the package has a function of that name
+
+    batch = 10 if args.set == "crystals" else 5
+    arguments = [
+        "--model=MACE", *MODELS[args.model], "--r_max=5.0", "--num_interactions=2",
+        "--E0s=average", "--scaling=rms_forces_scaling", "--loss=universal", "--energy_weight=1",
+        "--forces_weight=10", "--stress_weight=100", "--compute_stress=True", "--lr=0.01",
+        "--amsgrad", f"--batch_size={batch}", "--ema", "--ema_decay=0.99", "--scheduler_patience=5",
+        "--lr_factor=0.8", "--swa", f"--start_swa={args.stage_two or round(0.75 * args.epochs)}",
+        f"--max_num_epochs={args.epochs}", "--default_dtype=float32", "--seed=0",
+        "--error_table=PerAtomMAE", "--num_workers=0", "--pin_memory=False", "--plot=False",
+        "--valid_batch_size=10", "--name=mace", "--device=cpu", "--save_cpu", "--keep_checkpoints",
+        *more]
+    curve = Curve(args.out / "curve.json", {
+        "set": args.set, "model": FULL_NAMES.get(args.model, f"MACE {args.model}"),
+        "threads": args.threads, "hardware": hardware(),
+        "versions": versions("torch", "mace-torch", "e3nn"), "arguments": arguments})
+
+    paths = [
+        f"--train_file={files['train']}", f"--valid_file={files['test']}",
+        f"--work_dir={args.out}", f"--model_dir={args.out}"]
+    if args.restart:
+        steps = []
+        for path in (args.out / "checkpoints").glob("*.pt"):
+            steps.append(int(path.stem.split("epoch-")[1].removesuffix("_swa")))
+        curve.go_on(max(steps) + 2)  # it begins with the untrained model
+        paths.append("--restart_latest")
+    trainer.evaluate = curve.watch(trainer.evaluate)
+    run_train.run(build_default_arg_parser().parse_args(arguments + paths))
+    print(f"{time.process_time() - curve.start:.0f} CPU-seconds in all", flush=True)
+
+
+# ─── Command line ────────────────────────────────────────────────────────────────────────────────
+
+
+def parse() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    one = commands.add_parser("defaults", allow_abbrev=False,
+                              help="Facet's test errors with default settings")
+    one.add_argument("--data", type=Path, required=True)
+    one.add_argument("--sets", nargs="+", default=["Si", "Li"], choices=SETS)
+    one.add_argument("--seeds", type=int, default=3)
+    one.add_argument("--threads", type=int, default=1, help="of each training")
+    one.add_argument("--parallel", type=int, default=1, help="trainings at a time")
+
+    one = commands.add_parser("time", allow_abbrev=False,
+                              help="test errors against processor time, Facet and MACE")
+    one.add_argument("--data", type=Path, required=True)
+    one.add_argument("--sets", nargs="+", default=["Si", "crystals"], choices=SETS)
+    one.add_argument("--minutes", nargs="+", type=float, default=[0.75, 1.5, 3, 6, 9.5])
+    one.add_argument("--mace", nargs="*", type=Path, default=[], help="curve.json files of `mace`")
+    one.add_argument("--parallel", type=int, default=1, help="trainings at a time")
+    one.add_argument("--reuse", action="store_true", help="keep Facet's trainings of the results")
+
+    one = commands.add_parser("mace", allow_abbrev=False, help="MACE's own training")
+    one.add_argument("--data", type=Path, required=True)
+    one.add_argument("--set", choices=SETS, required=True)
+    one.add_argument("--model", choices=MODELS, default="64")
+    one.add_argument("--epochs", type=int, required=True)
+    one.add_argument("--stage_two", type=int, default=0,
+                     help="first epoch of stage two; 0: after three quarters")
+    one.add_argument("--restart", action="store_true",
+                     help="go on from the last checkpoint, with other --epochs if wanted")
+    one.add_argument("--threads", type=int, default=1)
+    one.add_argument("--out", type=Path, required=True)
+    return parser.parse_known_args()
+
+
+def main() -> None:
+    args, more = parse()
+    commands = {"defaults": defaults, "time": against_time, "mace": mace}
+    commands[args.command](args, more)
 
 
 if __name__ == "__main__":
