@@ -584,7 +584,7 @@ def empty_row() -> Row:
 
 
 PARTS = {  # rows about Facet's own parts
-    "reference": ladder_row,
+    "equals reference_numpy.py": ladder_row,
     "gradients for weights, product": partial(weight_row, "product"),
     "gradients for weights, silu": partial(weight_row, "silu"),
     "empty places": empty_row,
@@ -1718,7 +1718,12 @@ def test_evaluate_keeps_the_order_whatever_the_batches(batch_atoms):
     """Those of a batch are alike, not adjacent. Stress only where there is a volume."""
     several = [*PINNED.values()]
     neighbours = [facet.find_neighbours(atoms, CONFIG) for atoms in several]
-    found = facet.evaluate(build(), neighbours, batch_atoms)
+    with mock.patch.object(facet, "make_batch", wraps=facet.make_batch) as made:
+        found = facet.evaluate(build(), neighbours, batch_atoms)
+    sizes = [sum(len(crystal.species) for crystal in call.args[0]) for call in made.mock_calls]
+    largest_crystal = max(len(atoms) for atoms in several)
+    assert max(sizes) < batch_atoms + largest_crystal, "memory is not bounded"
+    assert len(sizes) <= 1 + 2 * sum(sizes) // batch_atoms, "batches are not full"
     for atoms, got in zip(several, found, strict=True):
         want = outputs(build(), atoms)
         for name in ("energy", "free_energy", "energies", "forces"):
@@ -2424,7 +2429,7 @@ def volume_with_a_sign(right, atoms, config):
     return right(atoms, config)._replace(volume=np.linalg.det(atoms.cell.array))
 
 
-@planted("harmonics", "reference")
+@planted("harmonics", "equals reference_numpy.py")
 def lost_root_of_2l_plus_1(right, unit, L):
     return right(unit, L) / (2 * facet.degree_of_row(L) + 1).sqrt()
 
@@ -2443,7 +2448,7 @@ def spline_that_ends_behind_the_cutoff(right, self, count, config):
     self.spacing = (config.cutoff - config.first_knot) / (config.splines - 1)
 
 
-@planted("RadialSplines.basis", "reference")
+@planted("RadialSplines.basis", "equals reference_numpy.py")
 def wrong_piece_of_the_spline(right, self, r):
     """Four cubes make a B-spline: (2 − |t|)³ − 4 (1 − |t|)³, over 6."""
     k = torch.arange(-1, len(self.coefficients) - 1)
@@ -2456,13 +2461,13 @@ def bias_on_every_degree(right, self, x):
     return right(self, x) + 0.1
 
 
-@planted("neighbour_list", "reference")
+@planted("neighbour_list", "equals reference_numpy.py")
 def shift_with_the_wrong_sign(right, positions, cell, pbc, cutoff):
     dst, src, shift, vectors = right(positions, cell, pbc, cutoff)
     return dst, src, shift, vectors - 2 * shift @ np.asarray(cell)
 
 
-@planted("neighbour_list", "reference")
+@planted("neighbour_list", "equals reference_numpy.py")
 def columns_as_lattice_vectors(right, positions, cell, pbc, cutoff):
     return right(positions, np.asarray(cell).T, pbc, cutoff)
 
@@ -2531,18 +2536,18 @@ def gate_from_degree_one(right, self, x):
     return x + (right(self, x) - x) * gate
 
 
-@planted("Repulsion.forward", "reference")
+@planted("Repulsion.forward", "equals reference_numpy.py")
 def core_counted_twice(right, self, *arguments):
     return 2 * right(self, *arguments)
 
 
-@planted("Repulsion.forward", "reference")
+@planted("Repulsion.forward", "equals reference_numpy.py")
 def core_of_the_wrong_neighbour(right, self, r, species, src):
     itself = torch.arange(len(src))[:, None].expand_as(src)
     return right(self, r, species, itself)
 
 
-@planted("Repulsion.forward", "reference")
+@planted("Repulsion.forward", "equals reference_numpy.py")
 def core_with_a_kink(right, self, r, species, src):
     """(1 − (r/reach)⁶) instead of its cube, neighbour by neighbour."""
     energy = 0.0
@@ -2560,12 +2565,12 @@ def reference_energy_forgotten(right, self, batch):
     return {**out, "energies": out["energies"] - E0[batch.species]}
 
 
-@planted("Skip.forward", "reference")
+@planted("Skip.forward", "equals reference_numpy.py")
 def skip_connection_blind_to_species(right, self, h, species):
     return right(self, h, 0 * species)
 
 
-@planted("Density.forward", "reference")
+@planted("Density.forward", "equals reference_numpy.py")
 def groups_mixed_up(right, self, h, index, phi, Y):
     return right(self, h, index, phi.flip(1), Y)
 
