@@ -1,0 +1,227 @@
+"""Tests of benchmarks/: pages against results, files, commands. Nothing is measured."""
+import ast
+import io
+import json
+import re
+import runpy
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+PAGE = HERE / "README.md"
+RESULTS = sorted((HERE / "results").glob("*.json"))
+SCRIPTS = sorted(path for path in HERE.glob("*.py") if not path.stem.startswith("test_"))
+PEERS = ("sevennet_trim.py",)  # cannot be imported without the peer's package
+
+sys.path.insert(0, str(HERE))
+import common  # noqa: E402
+import summary  # noqa: E402
+
+# ─── Pages ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("make", summary.TABLES, ids=lambda make: make.__name__)
+def test_table_of_the_page_is_what_the_results_say(make):
+    page = ROOT / summary.TABLES[make]
+    lines = make()
+    assert len(lines) > 3 and len({line.count(" | ") for line in lines}) == 1
+    text = page.read_text(encoding="utf-8")
+    wanted = "python benchmarks/summary.py --write"
+    assert "\n" + "\n".join(lines) + "\n" in text, f"{page.name} is out of date: {wanted}"
+
+
+def test_page_has_no_other_tables():
+    """Each is printed by summary.py, but for the list of scripts."""
+    tables = re.findall(r"(?m)^(\|.*)\n\|[ -]*---", PAGE.read_text(encoding="utf-8"))
+    printed = [make()[0] for make, page in summary.TABLES.items() if page == summary.HERE]
+    assert tables == ["| script | measures | takes |", *printed]
+
+
+def anchors(page: Path) -> set[str]:
+    """What a page's headings can be linked to by."""
+    headings = re.findall(r"(?m)^#+ (.*)$", page.read_text(encoding="utf-8"))
+    return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings}
+
+
+def test_links_of_the_page_lead_somewhere():
+    links = re.findall(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", PAGE.read_text(encoding="utf-8"))
+    assert len(links) > 15
+    for image, words, target in links:
+        file, _, place = target.partition("#")
+        assert "://" in file or (HERE / file).exists(), target
+        assert not place or place in anchors(HERE / file if file else PAGE), target
+        assert not image or len(words) > 40, f"{target} needs an alternative text"
+
+
+def test_pictures_are_those_that_the_page_shows():
+    shown = set(re.findall(r"\(figures/(\w+\.png)\)", PAGE.read_text(encoding="utf-8")))
+    there = {path.name for path in (HERE / "figures").iterdir() if "_cuda" not in path.name}
+    assert shown == there and len(shown) == 7
+
+
+def test_page_names_every_script_and_every_requirements_file():
+    text = PAGE.read_text(encoding="utf-8")
+    for path in [*SCRIPTS, *HERE.glob("requirements*.txt")]:
+        assert path.name in text, path.name
+
+
+# ─── Results ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_results_are_compact_and_say_what_made_them(path):
+    text = path.read_text(encoding="utf-8")
+    content = json.loads(text)
+    assert text == common.compact(common.rounded(content)) + "\n"
+    assert len(text) < 400_000 and text.count("\n") < 1500
+    assert content["made"], "nobody knows where this comes from"
+    for run in content["made"]:
+        assert {"hardware", "versions", "command"} <= set(run)
+
+
+def test_results_are_small_altogether():
+    assert len(RESULTS) >= 8
+    assert sum(path.read_text(encoding="utf-8").count("\n") for path in RESULTS) < 3000
+
+
+def test_results_are_rounded_and_written_line_by_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    content = {
+        "a": 0.123456, "list": (1.00004, 12345.6, np.float32(0.5)), "none": np.nan, "yes": np.True_,
+        "rows": [{"x": 1e-7 / 3}, [1, 2]], "count": 123456, 8: {}}
+    common.write_results("one", content)
+    assert (tmp_path / "one.json").read_text(encoding="utf-8").splitlines()[:14] == [
+        '{', ' "a": 0.1235,', ' "list": [1.0, 12350.0, 0.5],', ' "none": null,', ' "yes": true,',
+        ' "rows": [', '  {', '   "x": 3.333e-08', '  },', '  [1, 2]', ' ],', ' "count": 123456,',
+        ' "8": {},', ' "made": [']
+    first = common.read_results("one")
+    assert len(first["made"]) == 1
+    common.write_results("one", first)
+    assert common.read_results("one") == first, "the same run is named once"
+
+
+def test_columns_are_rows_again():
+    table = [{"a": 1, "b": {"c": 2}}, {"a": 3, "b": {"c": 4}}, {"a": 5, "b": {"c": None}}]
+    assert common.columns(table) == {"a": [1, 3, 5], "b": {"c": [2, 4, None]}}
+    assert common.rows(common.columns(table)) == table
+    assert common.rows({}) == common.rows(common.columns([])) == []
+
+
+def test_crossing_lies_between_two_trainings():
+    facet = {"cpu_seconds": [100, 10, 1000], "error": [1.0, 10.0, 0.1]}
+    assert summary.crossing(facet, "error", 20.0) == 10
+    assert summary.crossing(facet, "error", 10**0.5) == pytest.approx(10**1.5)
+    assert summary.crossing(facet, "error", 0.01) is None
+
+
+def test_pictures_are_drawn_from_the_results(tmp_path):
+    import pictures
+
+    for name in ("relax", "sevennet_trim"):
+        pictures.draw_results(name, tmp_path)
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+    assert set(pictures.known()) >= {paint.__name__ for paint in pictures.PICTURES}
+
+
+# ─── Scripts ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@cache
+def commands(script: str) -> list[str]:
+    """The commands of a script that has several; one empty word if it is one."""
+    return ["defaults", "time", "mace"] if script == "accuracy.py" else [""]
+
+
+def run(script: str, *words: str) -> tuple[int, str]:
+    """Run a script in this process, which has imported the packages: exit status, what it said."""
+    said = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    arguments, sys.argv = sys.argv, [script, *words]
+    try:
+        with redirect_stdout(said), redirect_stderr(said):
+            runpy.run_path(str(HERE / script), run_name="__main__")
+        status = 0
+    except SystemExit as end:
+        status = end.code or 0
+    finally:
+        sys.argv = arguments
+    said.seek(0)
+    return status, said.read()
+
+
+@cache
+def help_of(script: str, command: str = "") -> str:
+    """What `--help` prints."""
+    status, said = run(script, *filter(None, [command]), "--help")
+    assert status == 0, said
+    return said
+
+
+def runs_alone(path: Path) -> bool:
+    return 'if __name__ == "__main__"' in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_help_tells_what_a_script_does(path):
+    if path.name in PEERS:
+        ast.parse(path.read_text(encoding="utf-8"))
+    elif runs_alone(path):
+        for command in commands(path.name):
+            assert "usage:" in help_of(path.name, command)
+
+
+def test_options_in_the_page_exist():
+    text = PAGE.read_text(encoding="utf-8")
+    found = re.findall(r"(?m)benchmarks/(\w+\.py)((?: [^\s`|]+)*)", text)
+    assert len(found) > 10
+    for script, rest in found:
+        if script in PEERS:
+            continue
+        words = rest.split()
+        command = words[0] if words and words[0] in commands(script) else ""
+        for option in re.findall(r"--\w+", rest):
+            assert option in help_of(script, command), f"{script} {command}: {option}"
+
+
+def test_scripts_refuse_what_they_do_not_have():
+    for script, words in (
+            ("relax.py", ["--data", ".", "--facet", "nowhere.pt"]), ("pictures.py", ["nothing"])):
+        status, said = run(script, *words)
+        assert status == 2 and "no such" in said.splitlines()[-1]
+
+
+# ─── Other forms of the layers ───────────────────────────────────────────────────────────────────
+
+
+def test_edge_wise_forms_give_the_same_numbers():
+    import ablations
+    import density
+    import torch
+
+    import facet
+
+    config = facet.Config(("Cu",), channels=8, groups=2, splines=8)
+    batch, _ = density.copper()
+    batch = batch._replace(vectors=batch.vectors.double())
+    torch.manual_seed(0)
+    model = facet.Facet(config, torch.float64)
+    wanted = model(batch)
+    for kind in (density.EdgeWiseDensity, ablations.EdgeList):
+        other = facet.Facet(config, torch.float64)
+        other.load_state_dict(model.state_dict())
+        common.each_layer(other, "density", lambda a, b, kind=kind: kind(a, b, config))
+        found = other(batch)
+        for name in ("energy", "forces", "stress"):
+            torch.testing.assert_close(found[name], wanted[name], rtol=1e-9, atol=1e-9)
+
+
+def test_swapped_parts_keep_the_symmetry_and_have_right_derivatives():
+    import ablations
+
+    for name in ("MLP, edge-wise", "MLP, shared", "gate", "tensor product", "Bessel-linear"):
+        ablations.check(name)  # asserts
