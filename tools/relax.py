@@ -255,6 +255,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"{args.output}: the output is extended XYZ; name it something.extxyz")
     if not args.output.parent.is_dir():
         parser.error(f"{args.output}: there is no folder {args.output.parent}")
+    if args.output.resolve() == args.input.resolve():
+        parser.error(f"{args.output}: is the input, which would be lost")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=args.device)

@@ -327,6 +327,7 @@ def test_crystal_that_cannot_relax_ends_with_one_sentence(folder):
 @pytest.mark.parametrize("output, sentence", (
     ("nowhere/out.extxyz", "there is no folder"),
     ("out.cif", "the output is extended XYZ"),
+    ("start.extxyz", "is the input, which would be lost"),
 ))
 def test_output_is_checked_before_the_work(output, sentence, folder, capsys):
     with pytest.raises(SystemExit):
