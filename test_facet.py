@@ -80,6 +80,7 @@ TOL = {  # largest allowed error, in units of the largest wanted value (of 1, if
     "silu grid": 1e-8,       # SiLU is no polynomial: what the largest rule leaves, three layers
     "silu": 0.05,            # and what the default rule leaves
     "drift": 0.02,           # total energy in a short NVE, over the kinetic energy at the start
+    "float32 formula": 1e-6, # one formula against another in float32
     "float32": 1e-4,         # 7 digits; layers and sums over neighbours cost one or two of them
     "float32 slope": 2e-2,   # a step of 0.01 Å, so that seven digits of energy make a slope
     "float32 cutoff": 1e-2,  # what is left where seven digits begin to see the neighbour
@@ -1240,6 +1241,16 @@ def test_isolated_atom_has_its_reference_energy_and_no_forces():
     differ("forces in reach", near["forces"], np.zeros((2, 3)))
 
 
+def test_large_reference_energies_stay_exact_in_float32():
+    E0 = (-2000.123456789, -433.987654321, 0.5)
+    large, none = (build(torch.float32, reference_energies=given) for given in (E0, ()))
+    same("isolated atom", outputs(large, PINNED["isolated atom"])["energy"], [E0[1]], "exact")
+    crystal = SMALL * (4, 4, 4)
+    energy = outputs(large, crystal)["energy"] - 64 * (E0[0] + E0[1])
+    same("the rest of a large crystal", energy, outputs(none, crystal)["energy"], "rounding")
+    differ("the rest", energy, [0.0])
+
+
 def test_only_species_that_are_present_matter():
     """A crystal has the same energy whether other species are in the batch or in the table."""
     assert batch_of(build(), SMALL).present.tolist() == [0, 1]
@@ -1998,13 +2009,38 @@ def test_minutes_end_a_run_by_the_clock_and_a_resumed_run_goes_on_with_it(tmp_pa
     assert rates[-1] < max(rates), "the schedule follows the clock"
 
 
-def test_learning_rate_warms_up_and_falls_to_nothing(tmp_path):
+def test_learning_rate_and_weights_of_the_losses_follow_their_schedules(tmp_path):
+    """Warm-up, then a cosine to nothing; the energy's weight grows from a twentieth."""
     file_of(tmp_path, copper(4))
-    run(tmp_path, steps=100, lr=2e-3, valid=("0",), test=("0",))
+    run(tmp_path, steps=100, lr=2e-3, energy_weight=3.0, stress_weight=0.3, valid=("0",),
+        test=("0",))
     for row in metrics(tmp_path / "runs" / "a"):
-        step = int(row["step"])
-        cosine = 0.5 * (1 + np.cos(np.pi * (step - 1) / 100))
+        step, progress = int(row["step"]), (int(row["step"]) - 1) / 100
+        cosine = 0.5 * (1 + np.cos(np.pi * progress))
         same("rate", float(row["lr"]) / 2e-3, min(1, step / 50) * cosine, "formula")
+        energy, forces, stress = (float(row[f"loss_{of}"]) for of in ALL)
+        loss = 3.0 * 0.05 ** (1 - progress) * energy + forces + 0.3 * stress
+        same("loss", float(row["loss"]) / loss, 1, "float32 formula")
+
+
+def test_average_of_the_weights_equals_that_by_hand(tmp_path):
+    """average += (1 − min(ema, n/(n + 9))) (weights − average) after step n; all 20 are saved."""
+    file_of(tmp_path, copper(4))
+    save, saved = facet.save, []
+
+    def keep(model, path, **more):
+        if "averaged" in more:
+            averaged = more["averaged"]["embedding"].clone()
+            saved.append((more["step"], model.embedding.detach().clone(), averaged))
+        save(model, path, **more)
+    with mock.patch.object(facet, "save", keep):
+        run(tmp_path, steps=20, ema=0.6, lr=0.1)
+    assert [step for step, _, _ in saved] == [*range(21)]
+    average = saved[0][1]
+    for step, weights, averaged in saved[1:]:
+        average = average + (1 - min(0.6, step / (step + 9))) * (weights - average)
+        same(f"average after step {step}", averaged, average, "float32 formula")
+    differ("average", average, saved[0][1])
 
 
 def test_every_setting_of_the_optimisation_changes_the_weights(tmp_path):
