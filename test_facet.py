@@ -34,7 +34,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cache, partial
-from itertools import combinations_with_replacement, product
+from itertools import combinations_with_replacement, islice, product
 from math import isqrt
 from pathlib import Path
 from timeit import repeat
@@ -2068,8 +2068,7 @@ def test_batches_neither_lose_nor_double_a_frame_and_are_bounded():
     rng = np.random.default_rng(0)
     atoms, crowd = rng.integers(1, 101, 500), rng.choice([10, 20, 45, 90], 500)
     seen = []
-    for epoch in range(2):
-        batches = train_small.plan(atoms, crowd, 5000.0, np.random.default_rng([0, epoch]))
+    for batches in islice(train_small.epochs(atoms, crowd, 5000.0, seed=0), 2):
         assert sorted(np.concatenate(batches)) == list(range(500))
         cost = [atoms[b].sum() * crowd[b].max() for b in batches]
         assert all(c <= 6250 or len(b) == 1 for c, b in zip(cost, batches, strict=True))
@@ -2080,6 +2079,9 @@ def test_batches_neither_lose_nor_double_a_frame_and_are_bounded():
     shuffled = np.array_split(rng.permutation(500), 50)  # control: without sorting there is padding
     assert used < 0.75 * sum(atoms[b].sum() * crowd[b].max() for b in shuffled)
     assert len(seen[0]) > 20 and not seen[0] & seen[1], "two epochs with the same batches"
+    for seed in (0, 1):
+        first = next(train_small.epochs(atoms, crowd, 5000.0, seed))
+        assert ({tuple(b) for b in first if len(b) > 2} == seen[0]) == (seed == 0)
     large = train_small.plan(np.array([1000, 1]), np.array([50, 50]), 10.0, rng)
     assert len(large) == 2, "a frame larger than a batch is a batch"
 
