@@ -44,7 +44,8 @@ from torch.nn.functional import smooth_l1_loss
 
 import facet
 from tools import report
-from tools.frames import BadInput, Frames, load, sample, warnings
+from tools.frames import BadInput, Frames, load, print_to_stderr, sample
+from tools.suspicions import robust_fit, robust_scale
 
 MPTRJ = [s for s in chemical_symbols[1:95] if s not in ("Po", "At", "Rn", "Fr", "Ra")]  # its 89
 WEIGHT_DECAY = 1e-3  # of AdamW
@@ -76,6 +77,7 @@ class Settings:
     stress: str = setting("", "name of the stress (if virial is in it: of the virial in eV)")
     E0: str = setting("", "eV of free atoms, such as Si=-0.79,O=-1.56; others are fitted")
     species: str = setting("", "elements to know, such as Si,O, or all; by default those of train")
+    strict: bool = setting(False, "warnings about the data are errors")
 
     # Run
     name: str = setting("", "results go to runs/NAME; by default the name of the first file")
@@ -147,7 +149,7 @@ ALONE = Team()
 
 
 def reference_energies(frames: Frames, numbers: np.ndarray, given: dict, cutoff: float):
-    """E0 per species, [Z] eV: the energy that composition alone explains, by least squares.
+    """E0 per species, [Z] eV: the energy that composition alone explains, by robust least squares.
 
     numbers [Z]; given: {atomic number: eV}, which stay. Where the data hold a free atom (one atom
     that has no neighbour), its energy is E0: nothing else is the limit of large distances.
@@ -171,9 +173,7 @@ def reference_energies(frames: Frames, numbers: np.ndarray, given: dict, cutoff:
     known = np.isfinite(energy)
     share = counts[known] / atoms[known, None]  # [F, Z]
     target = energy[known] / atoms[known] - share @ E0  # [F]
-    squares = share[:, fitted].T @ share[:, fitted]  # [fitted, fitted]
-    right = share[:, fitted].T @ target  # [fitted]
-    E0[fitted], _, rank, _ = np.linalg.lstsq(squares, right, rcond=1e-9)
+    E0[fitted], _, rank = robust_fit(share[:, fitted], target)
 
     present = int((counts.sum(0)[fitted] > 0).sum())
     if rank < present:
@@ -234,12 +234,15 @@ def statistics(frames: Frames, s: Settings) -> facet.Config:
 
     some = list(sample(frames))
     forces = [atoms.calc.results["forces"] for atoms in some if "forces" in atoms.calc.results]
-    scale = np.sqrt(np.mean(np.concatenate(forces or [np.zeros((1, 3))]) ** 2))  # eV/Å
+    scale = robust_scale(forces or [np.zeros((1, 3))])  # eV/Å
     config = facet.Config(
         species=tuple(chemical_symbols[z] for z in numbers),
         cutoff=s.cutoff, degree=s.degree, channels=s.channels, layers=s.layers, groups=s.groups,
-        activation=s.activation, energy_scale=float(scale) or 1.0)
+        activation=s.activation, energy_scale=scale or 1.0)
     check_species(frames, config)
+    unseen = [symbol for z, symbol in zip(numbers, config.species) if z not in found]
+    if unseen and s.species != "all":
+        print_to_stderr(f"note: no frame holds {', '.join(unseen)}: nothing is learned of them")
 
     # Neighbours: how many there are, and how close they come
     graphs = [neighbours(atoms, config) for atoms in some]
@@ -569,7 +572,8 @@ def train(model: facet.Facet, frames: Frames, valid: Frames, s: Settings, folder
                        data=data)
         return elapsed()
 
-    progress = begun = done(earlier)
+    progress = done(earlier)
+    origin = earlier, progress  # from where the time left is reckoned
     saved = earlier if resumed else save()
     with interruptible() as interrupted:
         while progress < 1:
@@ -619,11 +623,13 @@ def train(model: facet.Facet, frames: Frames, valid: Frames, s: Settings, folder
             # Log twenty times; save then, and every few minutes, and before a stop
             before, progress = progress, done(seconds)
             total = sum(w * p for w, p in zip(weights.tolist(), parts))
-            left = (seconds - earlier) * (1 - progress) / max(progress - begun, 1e-9)
+            if step == first + 5:
+                origin = seconds, progress  # the first steps are slow
+            left = (seconds - origin[0]) * (1 - progress) / max(progress - origin[1], 1e-9)
             twentieth = int(20 * progress) > int(20 * before)
             if log:
                 log.progress(step, steps, left)
-                if step == first + 10:
+                if step == first + 15:
                     log.show(f"{steps} steps, {in_epoch} an epoch: about {duration(left)}")
             if twentieth or stop or seconds > saved + SAVE_SECONDS:
                 moment = time.perf_counter()
@@ -753,15 +759,13 @@ def train_and_report(s: Settings, out: Path, resume: Path | None, command: str, 
     # Data; the first process goes ahead, so that whatever must be made is made once
     for turn in (team.rank == 0, team.rank != 0):
         if turn:
-            frames, valid, test = load(s, out)
+            speak = team.rank == 0 and not resumed  # one process, once
+            frames, valid, test = load(s, out, print_to_stderr if speak else None)
         if team.size > 1:
             dist.barrier()
     if resumed and resumed["data"] != frames.fingerprint():
         raise BadInput(f"{resume}: the training set is not the one that this run began with; "
                        "begin a new run")
-    if team.rank == 0 and not resumed:
-        for text in warnings(frames):
-            print(f"warning: {text}", file=sys.stderr, flush=True)
 
     # Statistics and model
     config = facet.Config(**resumed["config"]) if resumed else statistics(frames, s)
@@ -835,6 +839,8 @@ def parse(arguments: list[str]) -> tuple[Settings, Path | None]:
         text = (f.metadata["help"] + shown).replace("%", "%%")
         if isinstance(f.default, tuple):
             parser.add_argument(f"--{f.name}", metavar="FILE", nargs="+", help=text)
+        elif isinstance(f.default, bool):
+            parser.add_argument(f"--{f.name}", action="store_true", help=text)
         else:
             metavar = f.name.upper() if f.default == "" else "X"
             parser.add_argument(f"--{f.name}", metavar=metavar, type=type(f.default), help=text)

@@ -25,10 +25,11 @@ from collections.abc import Sequence
 from itertools import islice
 
 import ase.db
+import numpy as np
 from ase import Atoms
 
 from tools import frames
-from tools.frames import USUAL, BadInput, Names
+from tools.frames import LABELS, USUAL, BadInput, Names
 
 BLOCK = 1000            # frames that are written at a time: what a kill loses at most
 SECONDS_PER_LINE = 10   # between lines of progress in a file
@@ -62,7 +63,8 @@ class Writer:
                            f"name for the result")
 
         if self.known is None:
-            self.write([], {"names": list(names), "complete": False, "stresses": 0, "inputs": {}})
+            self.write([], {"names": list(names), "complete": False, "labels": [0, 0, 0],
+                            "inputs": {}})
         if self.known["names"] != list(names):
             before = ", ".join(name or "the usual" for name in self.known["names"])
             raise BadInput(f"{path}: was begun with other names of energy, forces and stress "
@@ -90,9 +92,11 @@ class Writer:
         stat = os.stat(path)
         state = {"bytes": stat.st_size, "modified": stat.st_mtime, "frames": count, "whole": whole}
         inputs = {**self.known["inputs"], os.path.realpath(path): state}
-        stresses = sum("stress" in atoms.calc.results for atoms in block)
-        self.write(block, {**self.known, "complete": False, "inputs": inputs,
-                           "stresses": self.known["stresses"] + stresses})
+        labels = list(self.known["labels"])  # how many frames have energy, forces, stress
+        for atoms in block:
+            for number, name in enumerate(LABELS):
+                labels[number] += name in atoms.calc.results
+        self.write(block, {**self.known, "complete": False, "inputs": inputs, "labels": labels})
 
     def state(self, path: str) -> dict:
         """How far an input has come. Raises BadInput if it has changed since it was begun."""
@@ -112,8 +116,9 @@ class Writer:
         for path, state in self.known["inputs"].items():
             if not state["whole"]:
                 raise BadInput(f"{self.path}: holds a part of {path}; give that file too")
-        if self.known["names"][2] and not self.known["stresses"]:
-            raise BadInput(frames.no_stress(Names(*self.known["names"]), self.known["inputs"]))
+        if self.known["inputs"]:
+            frames.check_names(Names(*self.known["names"]), np.array(self.known["labels"]) > 0,
+                               list(self.known["inputs"]))
         if not self.known["complete"]:
             self.write([], {**self.known, "complete": True})
 
@@ -150,6 +155,7 @@ def convert(inputs: Sequence[str], out: str, names: Names = USUAL) -> None:
     labels than before, for a database that somebody else is writing.
     """
     paths = frames.expand(inputs)
+    ignored = set()
     try:
         writer = Writer(out, names)
         progress = Progress()
@@ -163,7 +169,7 @@ def convert(inputs: Sequence[str], out: str, names: Names = USUAL) -> None:
                 progress.end(f"{path}: {count} frames are there; going on")
 
             # frames that are there are read over; then block after block
-            found = islice(frames.iread(path, names), count, None)
+            found = islice(frames.iread(path, names, ignored), count, None)
             while block := list(islice(found, BLOCK)):
                 count += len(block)
                 writer.add(path, block, count, whole=False)
@@ -171,6 +177,9 @@ def convert(inputs: Sequence[str], out: str, names: Names = USUAL) -> None:
             writer.add(path, [], count, whole=True)
             progress.end(f"{path}: {count} frames")
         writer.finish()
+        if ignored:
+            progress.end(f"note: {', '.join(sorted(ignored))} are ignored: every frame counts the "
+                         f"same")
     except sqlite3.Error as error:
         raise BadInput(f"{out}: cannot be written, or another process is writing into it "
                        f"({error})") from error

@@ -10,7 +10,7 @@
 Every frame is an ase.Atoms with its labels in atoms.calc.results: "energy" (eV), "forces" (eV/Å)
 and, if there is one, "stress" (six numbers in ASE's order and sign, eV/Å³). atoms.info says where
 it comes from ("source"), of which material it is ("material") and to which group of its data set
-it belongs ("group", from config_type or group in the file).
+it belongs ("group", from config_type or group in the file). A frame may lack energy or forces.
 
 What ASE reads is read (extxyz, traj, db, OUTCAR, vasprun.xml, …, .gz). Besides, JSON as MPtrj,
 MatPES and mlearn have it (see Layout): tools.database turns that into a database.
@@ -27,7 +27,8 @@ import sqlite3
 import sys
 import threading
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +41,7 @@ from ase.data import atomic_numbers, chemical_symbols
 from ase.neighborlist import neighbor_list
 from ase.stress import full_3x3_to_voigt_6_stress
 
-from tools import emt
+from tools import emt, suspicions
 
 # VASP writes the pressure on the cell, in kbar; ASE the tension, in eV/Å³
 KBAR = -0.1 * units.GPa
@@ -50,6 +51,14 @@ FREE = 10.0
 
 # info of a frame that names its material, if a file has it
 MATERIAL_KEYS = ("mptrj_traj_id", "material_id", "material")
+
+# columns that ask for weights: there are none here, every frame counts the same
+WEIGHTS = ("config_weight", "config_energy_weight", "config_forces_weight", "config_stress_weight",
+           "config_virials_weight", "energy_weight", "force_weight", "forces_weight",
+           "stress_weight", "virial_weight", "virials_weight", "weight")
+
+# numbers that differ by less are equal: files keep about eight digits
+EQUAL = 2e-6
 
 NONE = ("0",)  # of --valid and --test: no such set
 
@@ -74,18 +83,35 @@ class Names(NamedTuple):
 
 
 USUAL = Names()
+LABELS = ("energy", "forces", "stress")
+
+
+def print_to_stderr(text: str) -> None:
+    """Say it where it does not mix with results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def keep_quiet(text: str) -> None:
+    """Say nothing."""
+
 
 # ─── One frame ───────────────────────────────────────────────────────────────────────────────────
 
-def labelled(atoms: Atoms, energy: float, forces: np.ndarray, stress: np.ndarray | None = None,
-             source: str = "here", material: str = "", group: str = "") -> Atoms:
+def labelled(atoms: Atoms, energy: float | None, forces: np.ndarray | None,
+             stress: np.ndarray | None = None, source: str = "here", material: str = "",
+             group: str = "") -> Atoms:
     """A frame: the geometry of `atoms`, and nothing else of it, with labels.
 
-    energy eV, forces [N, 3] eV/Å, stress [6] eV/Å³ in ASE's order or None. Constraints are dropped:
-    they would set forces to zero. Without a material, the frame is one of its own.
+    energy eV, forces [N, 3] eV/Å, stress [6] eV/Å³ in ASE's order; None where there is none.
+    Constraints are dropped: they would set forces to zero. Without a material, the frame is one of
+    its own.
     """
     frame = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell.array, pbc=atoms.pbc)
-    results = {"energy": energy, "forces": np.array(forces, float)}
+    results = {}
+    if energy is not None:
+        results["energy"] = float(energy)
+    if forces is not None:
+        results["forces"] = np.array(forces, float)
     if stress is not None:
         results["stress"] = np.array(stress, float)
     frame.calc = SinglePointCalculator(frame, **results)
@@ -93,19 +119,20 @@ def labelled(atoms: Atoms, energy: float, forces: np.ndarray, stress: np.ndarray
     return frame
 
 
-def check(atoms: Atoms, units_known: bool = False) -> Atoms:
+def check(atoms: Atoms) -> Atoms:
     """The frame, if it can be trained on. Raises BadInput."""
     source = atoms.info["source"]
     results = atoms.calc.results
     if len(atoms) == 0:
         raise BadInput(f"{source}: has no atoms; remove the frame")
 
-    if results["forces"].shape != (len(atoms), 3):
-        raise BadInput(f"{source}: {len(atoms)} atoms, but forces of shape "
-                       f"{results['forces'].shape}; three numbers for each atom are needed")
+    forces = results.get("forces", np.zeros((len(atoms), 3)))
+    if forces.shape != (len(atoms), 3):
+        raise BadInput(f"{source}: {len(atoms)} atoms, but forces of shape {forces.shape}; three "
+                       f"numbers for each atom are needed")
 
     # everything is a finite number
-    for what, value in (("an energy", results["energy"]), ("a force", results["forces"]),
+    for what, value in (("an energy", results.get("energy", 0.0)), ("a force", forces),
                         ("a position", atoms.positions), ("a cell vector", atoms.cell.array),
                         ("a component of the stress", results.get("stress", 0.0))):
         if not np.isfinite(value).all():
@@ -116,13 +143,6 @@ def check(atoms: Atoms, units_known: bool = False) -> Atoms:
     if np.linalg.matrix_rank(periodic) < len(periodic):
         raise BadInput(f"{source}: periodic, but its cell has no volume; remove the frame, or "
                        f"set its pbc to F F F")
-
-    # VASP's stresses under ASE's name; where the layout tells the unit, there is no doubt
-    largest = np.abs(results.get("stress", [0.0])).max()
-    if largest > 1 and not units_known:
-        raise BadInput(f"{source}: a stress of {largest:.0f} eV/Å³ looks like kbar; multiply "
-                       f"VASP's kbar by {KBAR:.4e} to get ASE's eV/Å³, or leave stress out with "
-                       f"--stress_weight 0")
     return atoms
 
 
@@ -224,29 +244,77 @@ def images(path: str) -> Iterator[Atoms]:
             yield atoms
 
 
-def frames_of_ase(path: str, names: Names) -> Iterator[Atoms]:
+class Runs:
+    """Numbers for runs of frames: what is of one run is of one material.
+
+    Consecutive frames of one formula are a run. A frame that goes on where an earlier run of its
+    formula ended (suspicions.alike: same cell, atoms near) belongs to that: trajectories may be
+    written alternately. Only the last hundred runs are remembered.
+    """
+
+    def __init__(self):
+        self.count = 0
+        self.recent = deque(maxlen=100)  # formula, number and last frame of each run, latest last
+
+    def number(self, atoms: Atoms) -> int:
+        """The number of the run that the next frame of a file belongs to."""
+        formula = str(atoms.symbols)
+        found = None
+        for run in reversed(self.recent):
+            if run[0] == formula and (run is self.recent[-1] or suspicions.alike(run[2], atoms)):
+                found = run
+                break
+
+        if found is None:
+            self.count += 1
+            number = self.count
+        else:
+            number = found[1]
+            self.recent.remove(found)
+        self.recent.append((formula, number, atoms))
+        return number
+
+
+def has_a_label(energy, forces, names: Names, labels: Iterable[str], source: str) -> None:
+    """Raise BadInput if there is neither energy nor forces."""
+    if energy is None and forces is None:
+        raise BadInput(f"{source}: has no {names.energy or 'energy'} and no "
+                       f"{names.forces or 'forces'}; it has {', '.join(map(str, labels))}. Tell "
+                       f"names by --energy and --forces, or remove the frame")
+
+
+def labels_of(atoms: Atoms) -> dict:
+    """Everything that a frame has beside its geometry, by name."""
+    labels = {**atoms.info, **atoms.arrays}
+    for name in ("numbers", "positions"):
+        del labels[name]
+    if atoms.calc is not None:
+        labels.update(atoms.calc.results)
+    return labels
+
+
+def frames_of_ase(path: str, names: Names, ignored: set[str]) -> Iterator[Atoms]:
     """Frames of any file that ASE reads. Raises BadInput for a frame without labels.
 
-    Consecutive frames of one formula count as one material, unless their info names it. One atom
-    alone needs no forces: they are zero. A frame without a volume has no stress.
+    A frame's material is what its info names, else its run (see Runs). One atom alone needs no
+    forces: they are zero. A frame without a volume has no stress.
     """
-    run = 0
-    formula = None
+    runs = Runs()
     for i, atoms in enumerate(images(path)):
         source = f"{path}, frame {i}"
-        labels = {**atoms.info, **atoms.arrays}
-        if atoms.calc is not None:
-            labels.update(atoms.calc.results)
+        labels = labels_of(atoms)
+        ignored.update(name for name in labels if str(name).lower() in WEIGHTS)
 
         energy = look_up(labels, names.energy or "energy")
         forces = look_up(labels, names.forces or "forces")
         stress = look_up(labels, names.stress or "stress")
+        has_a_label(energy, forces, names, labels, source)
+        if energy is not None:
+            energy = one_number(energy, "the energy", source)
         if forces is None and len(atoms) == 1:
             forces = np.zeros((1, 3))
-        for name, label in ((names.energy or "energy", energy), (names.forces or "forces", forces)):
-            if label is None:
-                raise BadInput(f"{source}: has no {name}; a frame needs energy and forces, under "
-                               f"the names that ASE gives them or those of --energy and --forces")
+        if forces is not None:
+            forces = numbers_in(forces, "forces", source)
 
         # a virial (eV) is minus the volume times the stress
         if stress is not None and names.virial() and atoms.cell.rank < 3:
@@ -256,19 +324,14 @@ def frames_of_ase(path: str, names: Names) -> Iterator[Atoms]:
         if stress is not None and names.virial():
             stress = -stress / atoms.get_volume()
 
-        # the material: its name, or how many formulas came before
-        if str(atoms.symbols) != formula:
-            run += 1
-            formula = str(atoms.symbols)
-        material = f"{path}: {formula}, run {run}"
+        # the material: its name, or its run
+        material = f"{path}: {atoms.symbols}, run {runs.number(atoms)}"
         for key in MATERIAL_KEYS:
             if key in atoms.info:
                 material = word(atoms.info[key])
                 break
 
-        yield labelled(atoms, one_number(energy, "the energy", source),
-                       numbers_in(forces, "forces", source), stress,
-                       source, material, group_of(atoms.info))
+        yield labelled(atoms, energy, forces, stress, source, material, group_of(atoms.info))
 
 
 # ─── JSON ────────────────────────────────────────────────────────────────────────────────────────
@@ -433,11 +496,13 @@ def material_of(keys: list[str], frame: dict, source: str) -> str:
     return source
 
 
-def frame_of_json(keys: list[str], frame: dict, names: Names, source: str) -> Atoms:
+def frame_of_json(keys: list[str], frame: dict, names: Names, source: str,
+                  ignored: set[str]) -> Atoms:
     """One frame of a JSON file. Raises BadInput, and KeyError or the like for what is no frame."""
     if not isinstance(frame, dict):
         raise BadInput(f"{source}: is no structure with labels, but {str(frame)[:40]!r}")
     labels = {**frame, **(frame.get("outputs") or {})}
+    ignored.update(name for name in labels if name.lower() in WEIGHTS)
     layout = layout_of(keys, labels)
 
     # each label under the name that was given, or under the first usual one that is there
@@ -450,16 +515,18 @@ def frame_of_json(keys: list[str], frame: dict, names: Names, source: str) -> At
             if found[what] is None:
                 found[what] = look_up(labels, name)
 
-    structure = frame.get("structure")
-    for name, value in (("structure", structure), (names.energy or "energy", found["energy"])):
-        if value is None:
-            raise BadInput(f"{source}: has no {name}; it has {', '.join(labels)}")
-
-    atoms = crystal(structure, source)
-    if found["forces"] is None and len(atoms) == 1:
-        found["forces"] = np.zeros((1, 3))
-    if found["forces"] is None:
-        raise BadInput(f"{source}: has no {names.forces or 'forces'}; it has {', '.join(labels)}")
+    if frame.get("structure") is None:
+        raise BadInput(f"{source}: has no structure; it has {', '.join(labels)}")
+    atoms = crystal(frame["structure"], source)
+    energy = found["energy"]
+    forces = found["forces"]
+    has_a_label(energy, forces, names, labels, source)
+    if energy is not None:
+        energy = one_number(energy, "the energy", source)
+    if forces is None and len(atoms) == 1:
+        forces = np.zeros((1, 3))
+    if forces is not None:
+        forces = numbers_in(forces, "forces", source)
 
     # the layout tells the order of its own stress, not that of another name
     stress = None
@@ -469,19 +536,23 @@ def frame_of_json(keys: list[str], frame: dict, names: Names, source: str) -> At
     if stress is not None:
         stress = stress * (-1 / atoms.get_volume() if names.virial() else KBAR)
 
-    return labelled(atoms, one_number(found["energy"], "the energy", source),
-                    numbers_in(found["forces"], "forces", source), stress,
-                    source, material_of(keys, frame, source), group_of(frame))
+    return labelled(atoms, energy, forces, stress, source, material_of(keys, frame, source),
+                    group_of(frame))
 
 
-def frames_of_json(path: str, names: Names) -> Iterator[Atoms]:
-    """Frames of a JSON file, streamed. Raises BadInput for a frame that is not understood."""
+def open_text(path: str):
+    """A JSON file as text, perhaps compressed."""
     opener = gzip.open if path.lower().endswith(".gz") else open
-    with opener(path, "rt", encoding="utf-8-sig") as file:  # -sig: a byte-order mark is skipped
+    return opener(path, "rt", encoding="utf-8-sig")  # -sig: a byte-order mark is skipped
+
+
+def frames_of_json(path: str, names: Names, ignored: set[str]) -> Iterator[Atoms]:
+    """Frames of a JSON file, streamed. Raises BadInput for a frame that is not understood."""
+    with open_text(path) as file:
         for i, (keys, frame) in enumerate(stream(file)):
             source = f"{path}, frame {keys[1] if keys else i}"
             try:
-                yield frame_of_json(keys, frame, names, source)
+                yield frame_of_json(keys, frame, names, source, ignored)
             except (KeyError, TypeError, IndexError, AttributeError) as error:
                 raise BadInput(f"{source}: is no structure as pymatgen writes it "
                                f"({type(error).__name__}: {error})") from error
@@ -494,24 +565,26 @@ def is_json(path: str) -> bool:
     return path.lower().removesuffix(".gz").endswith(".json")
 
 
-def iread(path: str | Path, names: Names = USUAL) -> Iterator[Atoms]:
+def iread(path: str | Path, names: Names = USUAL,
+          ignored: set[str] | None = None) -> Iterator[Atoms]:
     """The frames of one file, checked, one after another in little memory.
 
-    Raises BadInput: for a file that cannot be read, that ends too early or holds nothing, for a
-    frame without labels, and for all that `check` refuses.
+    ignored: gets the names of columns that ask for weights. Raises BadInput: for a file that cannot
+    be read, that ends too early or holds nothing, for a frame without labels, and for all that
+    `check` refuses.
     """
     path = str(path)
-    units_known = is_json(path) or made_here(path)
+    ignored = set() if ignored is None else ignored
     count = 0
     try:
         if is_json(path):
-            found = frames_of_json(path, names)
+            found = frames_of_json(path, names, ignored)
         elif made_here(path):
             found = gather_files([path], names, use_stress=True)
         else:
-            found = frames_of_ase(path, names)
+            found = frames_of_ase(path, names, ignored)
         for atoms in found:
-            yield check(atoms, units_known)
+            yield check(atoms)
             count += 1
     except BadInput:
         raise
@@ -578,7 +651,13 @@ class InMemory:
         return counts
 
     def energies(self) -> np.ndarray:
-        return np.array([atoms.calc.results["energy"] for atoms in self.images], float)
+        return np.array([atoms.calc.results.get("energy", np.nan) for atoms in self.images], float)
+
+    def labels(self) -> np.ndarray:
+        found = np.zeros((len(self), len(LABELS)), bool)
+        for row, atoms in enumerate(self.images):
+            found[row] = [name in atoms.calc.results for name in LABELS]
+        return found
 
     def volumes(self) -> np.ndarray:
         return np.array([atoms.cell.volume for atoms in self.images], float)
@@ -591,10 +670,10 @@ class InMemory:
         sums = np.zeros(len(self), np.uint32)
         for row, atoms in enumerate(self.images):
             results = atoms.calc.results
-            parts = [atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc,
-                     np.array(results["energy"]), results["forces"]]
-            if "stress" in results:
-                parts.append(results["stress"])
+            parts = [atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc]
+            for name in LABELS:
+                if name in results:
+                    parts.append(np.array(results[name]))
             for part in parts:
                 sums[row] = zlib.crc32(np.ascontiguousarray(part).tobytes(), int(sums[row]))
         return sums
@@ -631,6 +710,7 @@ class OnDisk:
             raise BadInput(f"{path}: has its labels already; names of labels are given to "
                            f"tools.database, which makes it")
         self.ids = self.column("SELECT id FROM systems ORDER BY id", int)
+        self.sums = None
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "owner": None, "database": None}
@@ -658,8 +738,8 @@ class OnDisk:
         found = self.connection().get(int(self.ids[row]))
         atoms = Atoms(found.numbers, found.positions, cell=found.cell, pbc=found.pbc)
         stress = found.get("stress") if self.use_stress else None
-        return labelled(atoms, found.energy, found.forces, stress,
-                        found.source, found.material, found.get("group", ""))
+        return labelled(atoms, found.get("energy"), found.get("forces"), stress, found.source,
+                        found.material, found.get("group", ""))
 
     def atom_counts(self) -> np.ndarray:
         return self.column("SELECT natoms FROM systems ORDER BY id", int)
@@ -677,7 +757,17 @@ class OnDisk:
         return counts
 
     def energies(self) -> np.ndarray:
-        return self.column("SELECT energy FROM systems ORDER BY id", float)
+        # SQLite has no nan, but infinity
+        found = self.column("SELECT COALESCE(energy, 9e999) FROM systems ORDER BY id", float)
+        return np.where(np.isfinite(found), found, np.nan)
+
+    def labels(self) -> np.ndarray:
+        columns = []
+        for name in LABELS:
+            command = f"SELECT {name} IS NOT NULL FROM systems ORDER BY id"
+            columns.append(self.column(command, bool))
+        columns[2] &= self.use_stress
+        return np.stack(columns, 1)
 
     def volumes(self) -> np.ndarray:
         return self.column("SELECT COALESCE(volume, 0) FROM systems ORDER BY id", float)
@@ -688,6 +778,8 @@ class OnDisk:
             yield value
 
     def checksums(self) -> np.ndarray:
+        if self.sums is not None:
+            return self.sums
         columns = "numbers, positions, cell, pbc, energy, forces"
         if self.use_stress:
             columns += ", stress"
@@ -696,6 +788,7 @@ class OnDisk:
             for value in values:
                 part = value if isinstance(value, bytes) else repr(value).encode()
                 sums[row] = zlib.crc32(part, int(sums[row]))
+        self.sums = sums
         return sums
 
 
@@ -745,8 +838,12 @@ class Frames(Sequence):
         return self.gather([empty] + [part.compositions(numbers) for part in self.parts])
 
     def energies(self) -> np.ndarray:
-        """Energy of every frame, eV, [F]."""
+        """Energy of every frame, eV, [F]; nan where there is none."""
         return self.gather([np.zeros(0)] + [part.energies() for part in self.parts])
+
+    def labels(self) -> np.ndarray:
+        """Whether every frame has energy, forces and stress, [F, 3] of bool."""
+        return self.gather([np.zeros((0, 3), bool)] + [part.labels() for part in self.parts])
 
     def volumes(self) -> np.ndarray:
         """Volume of every cell, Å³, [F]; 0 where it does not span space."""
@@ -781,42 +878,69 @@ def in_memory(images: Iterable[Atoms]) -> Frames:
     return Frames([InMemory(images)])
 
 
-def gather_files(paths: list[str], names: Names, use_stress: bool) -> Frames:
+def what_there_is(path: str) -> str:
+    """The names of all that the first frame of a file has beside its geometry."""
+    if is_json(path):
+        with open_text(path) as file:
+            _, frame = next(stream(file))
+        found = {**frame, **(frame.get("outputs") or {})}
+    else:
+        found = labels_of(next(iter(images(path))))
+    return ", ".join(map(str, found)) or "nothing"
+
+
+def check_names(names: Names, found: np.ndarray, paths: Sequence[str]) -> None:
+    """Raise BadInput for a label that no frame has, if its name was given, or forces or energy
+    seem to be there under another name. found [3]: whether any frame has energy, forces, stress.
+    """
+    for number, (what, name) in enumerate(zip(LABELS, names)):
+        if found[number] or what == "stress" and not name:
+            continue
+        there = what_there_is(paths[0])
+        others = [other for other in there.lower().split(", ")
+                  if what.removesuffix("s") in other
+                  and other not in (*WEIGHTS, "free_energy", "energies")]
+        if not name and not others:
+            continue  # a set without energies, or without forces
+        volume = ", or none has a volume" if names.virial() and what == "stress" else ""
+        raise BadInput(f"no frame of {', '.join(paths)} has {what} under the name "
+                       f"{name or what!r}{volume}; the first has {there}. Tell the name by "
+                       f"--{what}")
+
+
+def gather_files(paths: list[str], names: Names, use_stress: bool,
+                 say: Callable[[str], None] = keep_quiet) -> Frames:
     """The frames of these files, each of them a part. Raises BadInput."""
     parts = []
-    stresses = not names.stress
+    labels = np.zeros(len(LABELS), bool)
+    ignored = set()
     for path in paths:
         if made_here(path):
             parts.append(OnDisk(path, names, use_stress))
-            stresses = True  # tools.database has seen to the name
+            labels |= True  # tools.database has seen to the names
             continue
 
         found = []
-        for atoms in iread(path, names):
-            stresses |= "stress" in atoms.calc.results
+        for atoms in iread(path, names, ignored):
+            labels |= [name in atoms.calc.results for name in LABELS]
             if not use_stress:
                 atoms.calc.results.pop("stress", None)
             found.append(atoms)
         parts.append(InMemory(found))
 
-    # energies and forces that are missing stop at the first frame; a stress may be missing
-    if use_stress and not stresses:
-        raise BadInput(no_stress(names, paths))
+    check_names(names, labels | [False, False, not use_stress], paths)
+    if ignored:
+        say(f"note: {', '.join(sorted(ignored))} of {', '.join(paths)} are ignored: every frame "
+            f"counts the same")
     return Frames(parts)
 
 
-def no_stress(names: Names, paths: list[str]) -> str:
-    """What to say when a name of the stress was given and no frame has it."""
-    return (f"no frame of {', '.join(paths)} has a stress from {names.stress!r}: the name is in "
-            f"none of them, or none has a volume; look with python -m tools.frames, or leave "
-            f"--stress out")
-
-
-def read(patterns: Sequence[str], names: Names = USUAL, use_stress: bool = True) -> Frames:
+def read(patterns: Sequence[str], names: Names = USUAL, use_stress: bool = True,
+         say: Callable[[str], None] = keep_quiet) -> Frames:
     """All frames of files and globs, checked; databases stay on the disk.
 
-    Raises BadInput, also for JSON files, which belong into a database, and for a name of the
-    stress that no frame has.
+    say: told what is ignored. Raises BadInput, also for JSON files, which belong into a database,
+    and for a name of a label that no frame has.
     """
     paths = expand(patterns)
     for path in paths:
@@ -824,8 +948,10 @@ def read(patterns: Sequence[str], names: Names = USUAL, use_stress: bool = True)
             out = Path(path).name.split(".")[0] + ".db"
             raise BadInput(f"{path}: convert first: python -m tools.database "
                            f"{shlex.quote(path)} {shlex.quote(out)}")
-    return gather_files(paths, names, use_stress)
+    return gather_files(paths, names, use_stress, say)
 
+
+# ─── Training, validation, test ──────────────────────────────────────────────────────────────────
 
 def free_atoms(frames: Frames) -> np.ndarray:
     """Which frames are free atoms, [F] of bool."""
@@ -835,59 +961,232 @@ def free_atoms(frames: Frames) -> np.ndarray:
     return free
 
 
+def blocks(frames: Frames) -> np.ndarray:
+    """For every frame the row that begins its block, [F]: what a split leaves together.
+
+    A material whose frames are a trajectory, consecutive ones nearer to each other than others, is
+    cut into twenty blocks; any other frame is a block of its own.
+    """
+    begins = np.arange(len(frames))
+    material = frames.materials()
+    for number in np.unique(material):
+        rows = np.flatnonzero(material == number)
+        first = frames[rows[0]]
+        if len(rows) < 4 or not all(suspicions.same_atoms(first, frames[row]) for row in rows):
+            continue
+
+        # a hundred places along the material: the next frame there, and one far away
+        near = []
+        far = []
+        half = len(rows) // 2
+        for k in np.unique(np.linspace(0, half - 1, 100).astype(int)):
+            here = frames[rows[k]]
+            near.append(suspicions.apart(here, frames[rows[k + 1]]))
+            far.append(suspicions.apart(here, frames[rows[k + half]]))
+        if np.median(near) < 0.5 * np.median(far):
+            length = -(-len(rows) // 20)
+            begins[rows] = rows[np.arange(len(rows)) // length * length]
+    return begins
+
+
 def split(frames: Frames, seed: int, share: float = 0.1) -> tuple[Frames, Frames]:
-    """Two parts: the rest, and a share of the materials (of the frames, if materials are few).
+    """Two parts: the rest, and a share of the materials, or of blocks if materials are few.
 
     Free atoms stay in the rest: nothing else tells their energies. Raises BadInput for one frame.
     """
     fixed = free_atoms(frames)
     key = frames.materials()
     if len(np.unique(key[~fixed])) < 10:
-        key = np.arange(len(frames))
+        key = blocks(frames)
 
     names = np.random.default_rng(seed).permutation(np.unique(key[~fixed]))
     held = np.isin(key, names[:max(1, int(share * len(names)))]) & ~fixed
-    if held.all() or not held.any():
+    if held[~fixed].all() or not held.any():
         first = frames[0].info["source"] if len(frames) else "no frames"
         raise BadInput(f"{first}: so few structures cannot be split into training, validation and "
                        f"test; give more, or files for each")
     return frames.take(np.flatnonzero(~held)), frames.take(np.flatnonzero(held))
 
 
-def load(settings, folder: str | Path) -> tuple[Frames, Frames, Frames]:
+def together(*sets: Frames) -> Frames:
+    """The frames of all sets, one after the other."""
+    parts = []
+    rows = [np.zeros((0, 2), int)]
+    for frames in sets:
+        rows.append(frames.rows + [len(parts), 0])
+        parts += frames.parts
+    return Frames(parts, np.concatenate(rows))
+
+
+def twins(frames: Frames) -> tuple[np.ndarray, np.ndarray]:
+    """For every frame an earlier one that is equal, and one of the same geometry but another
+    energy; [F] each, -1 where there is none.
+
+    In memory, numbers are equal within EQUAL; wrapped or moved copies are not found. In databases,
+    frames are equal if their checksums, atoms and energies are.
+    """
+    equal = np.full(len(frames), -1)
+    contrary = np.full(len(frames), -1)
+
+    # databases: checksums only if any energies are the same
+    disk = np.array([isinstance(part, OnDisk) for part in frames.parts], bool)
+    rows = np.flatnonzero(disk[frames.rows[:, 0]])
+    stored = frames.take(rows)
+    columns = [stored.atom_counts(), stored.energies()]
+    if len(np.unique(np.array(columns), axis=1)[0]) < len(rows):
+        columns.append(stored.checksums())
+        _, first, same = np.unique(np.array(columns), axis=1, return_index=True,
+                                   return_inverse=True)
+        earlier = rows[first[same.ravel()]]
+        equal[rows] = np.where(earlier < rows, earlier, -1)
+
+    # in memory: frames of the same atoms, along a projection of their geometry
+    alike = {}
+    for row in np.flatnonzero(~disk[frames.rows[:, 0]]):
+        number, place = frames.rows[row]
+        atoms = frames.parts[number].images[place]
+        alike.setdefault((atoms.numbers.tobytes(), atoms.pbc.tobytes()), []).append((row, atoms))
+    for members in alike.values():
+        if len(members) == 1:
+            continue
+        geometry = np.stack([np.append(atoms.positions, atoms.cell.array) for _, atoms in members])
+        along = geometry @ np.cos(np.arange(geometry.shape[1]))
+        order = np.argsort(along, kind="stable")
+        width = EQUAL * geometry.shape[1]
+        for a, i in enumerate(order):
+            for j in order[a + 1:]:
+                if along[j] - along[i] > width:
+                    break
+                if np.abs(geometry[i] - geometry[j]).max() > EQUAL:
+                    continue
+                (early, left), (late, right) = sorted((members[i], members[j]),
+                                                      key=lambda member: member[0])
+                if equal_labels(left, right):
+                    equal[late] = early
+                elif abs(left.calc.results.get("energy", np.nan)
+                         - right.calc.results.get("energy", np.nan)) > 0.01 * len(left):
+                    contrary[late] = early
+    return equal, contrary
+
+
+def equal_labels(a: Atoms, b: Atoms) -> bool:
+    """Whether two frames have the same labels, with the same values."""
+    left = a.calc.results
+    right = b.calc.results
+    if left.keys() != right.keys():
+        return False
+    return all(np.abs(left[name] - right[name]).max() <= EQUAL for name in left)
+
+
+def without_copies(train: Frames, say: Callable[[str], None]) -> Frames:
+    """The frames, each once."""
+    equal, _ = twins(train)
+    copies = np.flatnonzero(equal >= 0)
+    if len(copies) == 0:
+        return train
+    late = train[copies[0]].info["source"]
+    early = train[equal[copies[0]]].info["source"]
+    say(f"note: {len(copies)} of {len(train)} frames to train on are there twice and dropped, the "
+        f"first of them {late}, which equals {early}")
+    return train.take(np.flatnonzero(equal < 0))
+
+
+def without_those_of(held: Frames, what: str, train: Frames, say: Callable[[str], None]) -> Frames:
+    """The training set without the frames of another set, free atoms excepted. Raises BadInput."""
+    equal, _ = twins(together(held, train))
+    equal = equal[len(held):]
+    known = (equal >= 0) & (equal < len(held)) & ~free_atoms(train)
+    shared = np.flatnonzero(known)
+    if len(shared) == 0:
+        return train
+    late = train[shared[0]].info["source"]
+    early = held[equal[shared[0]]].info["source"]
+    if known.all():
+        raise BadInput(f"every frame to train on is also in the {what} set ({late} equals "
+                       f"{early}); give other files, or leave out --{what}")
+    say(f"note: {len(shared)} of {len(train)} frames to train on are also in the {what} set and "
+        f"stay there alone, the first of them {late}, which equals {early}")
+    return train.take(np.flatnonzero(~known))
+
+
+def tell_labels(frames: Frames, what: str, say: Callable[[str], None]) -> None:
+    """Say how many frames lack an energy or forces."""
+    labels = frames.labels()
+    for number, name in enumerate(LABELS[:2]):
+        lacking = np.flatnonzero(~labels[:, number])
+        if len(lacking):
+            say(f"note: {len(lacking)} of {len(frames)} frames {what} have no {name}, the first of "
+                f"them {frames[lacking[0]].info['source']}; their other labels count")
+
+
+def load(settings, folder: str | Path,
+         say: Callable[[str], None] | None = print_to_stderr) -> tuple[Frames, Frames, Frames]:
     """Training, validation and test set, as the settings name them. Raises BadInput.
 
     settings: train, valid, test (tuples of files; none of train: the embedded set, made in
     `folder`; ("0",) of the others: no such set), seed, energy, forces, stress (names of labels),
-    stress_weight (0: stresses are not read). Without a test set a tenth of the materials is set
-    aside, then without a validation set a tenth of what is left.
+    stress_weight (0: stresses are not read), strict (warnings are errors). Without a test set a
+    tenth of the materials is set aside, then without a validation set a tenth of what is left.
+
+    Equal frames count once; those that are in a test or validation file, too, are not trained on.
+    say: told so, a line each, and what looks wrong; None: that is not looked for.
     """
     names = Names(settings.energy, settings.forces, settings.stress)
     use_stress = settings.stress_weight != 0
+    tell = say or keep_quiet
 
-    if settings.train:
-        train = read(settings.train, names, use_stress)
-    else:
-        path = Path(folder) / "emt.extxyz"
-        if not path.exists():
-            emt.write(path)
-        train = read([str(path)], use_stress=use_stress)
+    # what the files hold
+    paths = settings.train
+    if not paths:
+        embedded = Path(folder) / "emt.extxyz"
+        if not embedded.exists():
+            emt.write(embedded)
+        paths = [str(embedded)]
+        names = USUAL
+    train = read(paths, names, use_stress, tell)
+    given = {"training": train}
+    for what, patterns in (("test", settings.test), ("valid", settings.valid)):
+        if patterns == NONE:
+            given[what] = train[:0]
+        elif patterns:
+            given[what] = read(patterns, names, use_stress, tell)
 
-    nothing = train[:0]
-    if settings.test == NONE:
-        test = nothing
-    elif settings.test:
-        test = read(settings.test, names, use_stress)
-    else:
-        train, test = split(train, settings.seed)
+    # what looks wrong in them
+    if say is not None:
+        look_at(given, say, getattr(settings, "strict", False))
 
-    if settings.valid == NONE:
-        valid = nothing
-    elif settings.valid:
-        valid = read(settings.valid, names, use_stress)
-    else:
-        train, valid = split(train, settings.seed)
-    return train, valid, test
+    # nothing twice
+    train = without_copies(train, tell)
+    for what in ("test", "valid"):
+        if what in given:
+            train = without_those_of(given[what], what, train, tell)
+
+    # what is not given is set aside
+    if "test" not in given:
+        train, given["test"] = split(train, settings.seed)
+    if "valid" not in given:
+        train, given["valid"] = split(train, settings.seed)
+    return train, given["valid"], given["test"]
+
+
+def look_at(given: dict[str, Frames], say: Callable[[str], None], strict: bool) -> None:
+    """Say which labels lack, where free atoms are, and what looks wrong, in the sets as given.
+
+    Raises BadInput if something looks wrong, and strict.
+    """
+    found = []
+    for what, frames in given.items():
+        tell_labels(frames, f"of the {what} set", say)
+        free = np.flatnonzero(free_atoms(frames))
+        if what != "training" and len(free):
+            say(f"note: {len(free)} free atoms of the {what} set stay there and are not trained "
+                f"on, the first of them {frames[free[0]].info['source']}")
+        for text in warnings(frames):
+            say(f"warning: {text}")
+            found.append(text)
+    if found and strict:
+        raise BadInput(f"{len(found)} warnings, which --strict turns into errors; the first: "
+                       f"{found[0]}")
 
 
 def sample(frames: Frames, count: int = 5000) -> Frames:
@@ -896,73 +1195,37 @@ def sample(frames: Frames, count: int = 5000) -> Frames:
     return frames.take(np.unique(rows.astype(int)))
 
 
-# ─── What looks wrong ────────────────────────────────────────────────────────────────────────────
+def neighbouring(frames: Frames, count: int = 2000) -> list[tuple[Atoms, Atoms]]:
+    """At most `count` pairs of consecutive frames of a material, evenly spread."""
+    material = frames.materials()
+    order = np.argsort(material, kind="stable")
+    first = np.flatnonzero(material[order[:-1]] == material[order[1:]])
+    chosen = np.unique(np.linspace(0, len(first) - 1, min(count, len(first))).astype(int))
+    return [(frames[order[k]], frames[order[k + 1]]) for k in first[chosen]]
 
-def energies_per_atom(some: Frames, crystals: list[Atoms]) -> list[str]:
-    """Whether the energies look like energies per atom: composition explains those better."""
-    counts = some.compositions(some.elements()).astype(float)  # [F, Z]
-    atoms = counts.sum(1)
-    energies = some.energies()
-    fractions = counts / atoms[:, None]
 
-    def unexplained(y: np.ndarray) -> float:
-        """Spread of what a sum over elements leaves."""
-        return np.std(y - fractions @ np.linalg.lstsq(fractions, y, rcond=None)[0])
-
-    if np.ptp(atoms) <= 0.5 * atoms.min():
+def contradictions(frames: Frames) -> list[str]:
+    """Frames of the same geometry with another energy."""
+    _, contrary = twins(frames)
+    late = np.flatnonzero(contrary >= 0)
+    if len(late) == 0:
         return []
-    if unexplained(energies) >= 0.5 * unexplained(energies / atoms):
-        return []
-    return [f"the energies ({energies[0]:.3f} eV for {atoms[0]:.0f} atoms in "
-            f"{crystals[0].info['source']}) do not grow with the number of atoms: are they "
-            f"energies per atom? Totals are meant"]
-
-
-def net_forces(some: Frames, crystals: list[Atoms]) -> list[str]:
-    """Whether forces do not sum to zero, as constraints or missing atoms make them do."""
-    sums = np.zeros(len(some))  # eV/Å
-    squares = np.zeros(len(some))
-    for i, atoms in enumerate(crystals):
-        forces = atoms.calc.results["forces"]
-        sums[i] = np.abs(forces.sum(0)).max()
-        squares[i] = np.mean(forces ** 2)
-
-    # rounding of N forces adds up to √N times as much
-    net = sums / np.sqrt(some.atom_counts())
-    limit = 0.02 + 0.1 * np.sqrt(squares.mean())
-    if not (net > limit).any():
-        return []
-    worst = int(net.argmax())
-    return [f"in {(net > limit).sum()} of {len(some)} frames the forces do not sum to zero, most "
-            f"of all in {crystals[worst].info['source']} (sum {sums[worst]:.2f} eV/Å): were "
-            f"constraints applied to them?"]
-
-
-def large_stresses(some: Frames, crystals: list[Atoms]) -> list[str]:
-    """Whether stresses are above 1 eV/Å³, 160 GPa."""
-    largest = np.zeros(len(some))
-    for i, atoms in enumerate(crystals):
-        largest[i] = np.abs(atoms.calc.results.get("stress", [0.0])).max()
-    if largest.max() <= 1:
-        return []
-    worst = int(largest.argmax())
-    return [f"stresses reach {largest[worst]:.1f} eV/Å³ in {crystals[worst].info['source']}; "
-            f"is that frame sound?"]
-
-
-WARNINGS = (energies_per_atom, net_forces, large_stresses)
+    a, b = frames[late[0]], frames[contrary[late[0]]]
+    return [f"{len(late)} frames have the geometry of another but a different energy, such as "
+            f"{a.info['source']} ({a.calc.results['energy']:.6g} eV) that of {b.info['source']} "
+            f"({b.calc.results['energy']:.6g} eV)"]
 
 
 def warnings(frames: Frames) -> list[str]:
-    """What looks wrong with units or labels, a sentence each: the functions of WARNINGS in turn."""
+    """What looks wrong with units, signs or labels, a sentence each; see tools/suspicions.py."""
+    frames = frames.take(np.flatnonzero(~free_atoms(frames)))
     if len(frames) == 0:
         return []
-    some = sample(frames)
-    crystals = list(some)
+    crystals = list(sample(frames))
     found = []
-    for look in WARNINGS:
-        found += look(some, crystals)
-    return found
+    for look in suspicions.WARNINGS:
+        found += look(crystals)
+    return found + suspicions.slopes(neighbouring(frames)) + contradictions(frames)
 
 
 # ─── Command ─────────────────────────────────────────────────────────────────────────────────────
@@ -1011,7 +1274,8 @@ def report(frames: Frames) -> str:
     for frame in crystals:
         groups[frame.info["group"]] = groups.get(frame.info["group"], 0) + 1
         periodic[frame.pbc.sum()] += 1
-        forces.append(np.linalg.norm(frame.calc.results["forces"], axis=1))
+        if "forces" in frame.calc.results:
+            forces.append(np.linalg.norm(frame.calc.results["forces"], axis=1))
         if "stress" in frame.calc.results:
             stresses.append(np.abs(frame.calc.results["stress"]).max() / units.GPa)
     if set(groups) != {""}:
@@ -1022,8 +1286,15 @@ def report(frames: Frames) -> str:
     axes = [f"{count} along {number} axes" for number, count in enumerate(periodic) if count]
     lines.append(f"periodic            {', '.join(axes)}")
     lines.append(f"free atoms          {int(free_atoms(frames).sum())}")
-    lines.append(f"energy, eV/atom     {spread(frames.energies() / atoms, 3)}")
-    lines.append(f"|force|, eV/Å       {spread(np.concatenate(forces), 3)}")
+    known = np.isfinite(frames.energies())
+    if not known.all():
+        lines.append(f"energy              in {known.sum()} of {len(frames)} frames")
+    if len(forces) < len(some):
+        lines.append(f"forces              in {len(forces)} of {len(some)} frames")
+    if known.any():
+        lines.append(f"energy, eV/atom     {spread((frames.energies() / atoms)[known], 3)}")
+    if forces:
+        lines.append(f"|force|, eV/Å       {spread(np.concatenate(forces), 3)}")
     lines.append(f"stress              in {len(stresses)} of {len(some)} frames")
     if stresses:
         lines.append(f"max |stress|, GPa   {spread(np.array(stresses), 2)}")
@@ -1060,7 +1331,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     names = Names(options.energy, options.forces, options.stress)
     try:
-        print(report(gather_files(expand(options.files), names, use_stress=True)))
+        found = gather_files(expand(options.files), names, use_stress=True, say=print_to_stderr)
+        print(report(found))
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -232,7 +232,7 @@ def test_name_of_a_stress_that_no_frame_has_is_refused(tmp_path, capsys):
     path = copper(tmp_path / "ref.xyz", ("energy", "forces", "REF_virial"))
     arguments = [path, str(tmp_path / "a.db"), "--stress", "REF_viral"]
     assert database.main(arguments) == 1
-    assert "has a stress from 'REF_viral'" in capsys.readouterr().err
+    assert "has stress under the name 'REF_viral'" in capsys.readouterr().err
     with pytest.raises(BadInput, match="is not complete"):
         frames.read([str(tmp_path / "a.db")])
 

@@ -5,6 +5,7 @@
 import gzip
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,10 +19,12 @@ import numpy as np
 import pytest
 from ase import Atoms, units
 from ase.calculators.emt import EMT
+from ase.calculators.lj import LennardJones
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
+from ase.md.verlet import VelocityVerlet
 
-from tools import emt, frames
+from tools import emt, frames, suspicions
 from tools.frames import BadInput, Names
 
 ROOT = Path(frames.__file__).resolve().parents[1]
@@ -109,9 +112,7 @@ BAD_FRAMES = {
     "energy is NaN": set_label("energy", float("nan")),
     "force is NaN or infinite": set_label("forces", np.full((4, 3), np.inf)),
     "component of the stress is NaN": set_label("stress", np.array([1, np.nan, 0, 0, 0, 0])),
-    "looks like kbar": set_label("stress", np.array([12.0, 30.0, 5.0, 0.0, 0.0, 1.0])),
-    "has no forces": lambda atoms: atoms.calc.results.pop("forces"),
-    "has no energy": lambda atoms: setattr(atoms, "calc", None),
+    "has no energy and no forces": lambda atoms: setattr(atoms, "calc", None),
     "position is NaN": lambda atoms: atoms.positions.fill(np.nan),
     "has no volume": lambda atoms: atoms.set_cell([[4, 0, 0], [0, 4, 0], [4, 4, 0]]),
     "has no volume; ": lambda atoms: atoms.set_cell([[4, 0, 0], [0, 4, 0], [0, 0, 0]]),
@@ -221,7 +222,8 @@ def test_labels_are_found_under_their_names_in_any_capitals(names, tmp_path):
     crystals = copper(3)
     path = write(tmp_path / "ref.extxyz", renamed(crystals))
     assert_same_frames(frames.read([path], names), crystals)
-    with pytest.raises(BadInput, match="frame 0: has no energy.*--energy"):
+    with pytest.raises(BadInput, match="frame 0: has no energy and no forces; it has .*REF_for"
+                                       "ces.*--energy"):
         frames.read([path])
 
 
@@ -241,24 +243,76 @@ def test_virial_of_a_frame_without_volume_is_no_stress(tmp_path):
     assert "stress" not in found[1].calc.results
 
 
-@pytest.mark.parametrize("name", ["strss", "virials"])
-def test_name_of_a_stress_that_no_frame_has_is_refused(name, tmp_path):
+@pytest.mark.parametrize("what, name", [("stress", "strss"), ("stress", "virials"),
+                                        ("energy", "enrgy"), ("forces", "frces")])
+def test_name_that_no_frame_has_is_refused(what, name, tmp_path):
     path = write(tmp_path / "a.extxyz", copper(2))
-    assert len(frames.read([path], Names(stress="STRESS"))) == 2
-    with pytest.raises(BadInput, match=f"no frame of .*a.extxyz has a stress from '{name}'"):
-        frames.read([path], Names(stress=name))
-    for wrong in (Names(energy="enrgy"), Names(forces="frces")):
-        with pytest.raises(BadInput, match="frame 0: has no (enrgy|frces)"):
-            frames.read([path], wrong)
+    assert len(frames.read([path], Names(**{what: what.upper()}))) == 2
+    with pytest.raises(BadInput, match=f"no frame of .*a.extxyz has {what} under the name "
+                                       f"'{name}'.*the first has .*forces.*--{what}"):
+        frames.read([path], Names(**{what: name}))
+
+
+@pytest.mark.parametrize("what", ["energy", "forces"])
+def test_label_under_another_name_is_not_overlooked(what, tmp_path):
+    crystals = renamed(copper(3))
+    plain = {"energy": {"energy": "REF_energy", "forces": "forces"},
+             "forces": {"energy": "energy", "forces": "REF_forces"}}[what]
+    for atoms in crystals:
+        atoms.info[plain["energy"]] = atoms.info.pop("REF_energy")
+        atoms.arrays[plain["forces"]] = atoms.arrays.pop("REF_forces")
+    path = write(tmp_path / "a.extxyz", crystals)
+    with pytest.raises(BadInput, match=f"has {what} under the name '{what}'.*REF_{what}"):
+        frames.read([path])
+    assert len(frames.read([path], Names(plain["energy"], plain["forces"]))) == 3
 
 
 def test_lone_atom_needs_no_forces(tmp_path):
     alone = Atoms("H", info={"energy": -13.6, "config_type": "isolated_atom"})
-    pair = Atoms("H2", [[0, 0, 0], [0, 0, 0.7]], info={"energy": -31.0})
     atom, = frames.read([write(tmp_path / "atom.xyz", [alone])])
     assert atom.calc.results["energy"] == -13.6 and not atom.get_forces().any()
-    with pytest.raises(BadInput, match="frame 1: has no forces"):
-        frames.read([write(tmp_path / "pair.xyz", [alone, pair])])
+
+
+def test_frame_trains_with_the_labels_it_has(tmp_path):
+    crystals = copper(14)
+    del crystals[3].calc.results["forces"]
+    del crystals[5].calc.results["energy"]
+    del crystals[6].calc.results["energy"]
+    path = write(tmp_path / "a.extxyz", crystals)
+    some = frames.read([path])
+    assert_same_frames(some, crystals)
+    assert np.flatnonzero(np.isnan(some.energies())).tolist() == [5, 6]
+    assert some.labels().sum(0).tolist() == [12, 13, 14]
+    assert "energy              in 12 of 14 frames" in frames.report(some)
+
+    said = []
+    frames.load(settings(train=(path,)), tmp_path, said.append)
+    assert said == [f"note: 2 of 14 frames of the training set have no energy, the first of them "
+                    f"{path}, frame 5; their other labels count",
+                    f"note: 1 of 14 frames of the training set have no forces, the first of them "
+                    f"{path}, frame 3; their other labels count"]
+
+    # nor is a set refused of which no frame has the one or the other
+    for name in ("energy", "forces"):
+        crystals = copper(3)
+        for atoms in crystals:
+            del atoms.calc.results[name]
+        some = frames.read([write(tmp_path / "b.extxyz", crystals)])
+        assert all(name not in atoms.calc.results for atoms in some)
+        assert "no warnings" in frames.report(some)
+
+
+def test_columns_of_weights_are_named_as_ignored(tmp_path, capsys):
+    crystals = copper(3)
+    said = []
+    frames.read([write(tmp_path / "a.xyz", crystals)], say=said.append)
+    assert said == []
+    crystals[1].info.update(config_weight=2.0, Energy_Weight=0.1)
+    path = write(tmp_path / "a.xyz", crystals)
+    frames.read([path], say=said.append)
+    assert said == [f"note: Energy_Weight, config_weight of {path} are ignored: every frame counts "
+                    f"the same"]
+    assert frames.main([path]) == 0 and said[0] in capsys.readouterr().err
 
 
 def test_labels_that_are_no_numbers_are_refused(tmp_path):
@@ -400,10 +454,11 @@ def test_crystal_that_is_not_one_is_refused(tmp_path):
 
 
 def test_missing_label_in_json_is_told_with_what_is_there(tmp_path):
-    path = write_json(tmp_path / "l.json", [silicon()])
-    for names in (Names("total"), Names(forces="total")):
-        with pytest.raises(BadInput, match="l.json, frame 0: has no total; it has structure, "):
-            list(frames.iread(path, names))
+    bare = {"structure": silicon()["structure"], "total": -3.0}
+    path = write_json(tmp_path / "l.json", [silicon(), bare])
+    with pytest.raises(BadInput, match="l.json, frame 1: has no energy and no forces; it has "
+                                       "structure, total"):
+        list(frames.iread(path))
 
 
 def test_read_sends_json_to_the_database(tmp_path):
@@ -531,11 +586,84 @@ def test_sample_is_evenly_spread():
 # ─── Materials, splits, sets ─────────────────────────────────────────────────────────────────────
 
 def test_consecutive_frames_of_a_formula_are_one_material(tmp_path):
-    kinds = [Atoms(symbols, np.eye(3)[:2] * 2) for symbols in ("Cu2", "Cu2", "Ni2", "Cu2", "NiCu")]
+    kinds = []
+    for number, symbols in enumerate(("Cu2", "Cu2", "Ni2", "Cu2", "NiCu")):
+        kinds.append(Atoms(symbols, [[0, 0, 0], [0, 0, 2 + number]]))  # they do not go on
     path = write(tmp_path / "a.xyz", [with_emt(atoms) for atoms in kinds])
     assert frames.read([path]).materials().tolist() == [0, 0, 1, 2, 3]
     other = shutil.copy(path, tmp_path / "b.xyz")
     assert frames.read([path, str(other)]).materials().tolist() == [0, 0, 1, 2, 3, 4, 4, 5, 6, 7]
+
+
+def motion(element: str, count: int = 40, seed: int = 0) -> list[Atoms]:
+    """A trajectory at constant energy: four atoms of a metal, every 4 fs, labelled by EMT."""
+    atoms = ase.build.bulk(element, cubic=True)
+    atoms.calc = EMT()
+    speed = np.sqrt(units.kB * 600 / atoms.get_masses())[:, None]
+    velocities = speed * np.random.default_rng(seed).normal(size=(4, 3))
+    atoms.set_velocities(velocities - velocities.mean(0))
+    found = []
+    dynamics = VelocityVerlet(atoms, 4 * units.fs)
+    for _ in range(count):
+        dynamics.run(1)
+        found.append(with_emt(atoms))
+    return found
+
+
+def interleaved(*trajectories: list[Atoms]) -> list[Atoms]:
+    """A frame of each in turn."""
+    return [atoms for several in zip(*trajectories, strict=True) for atoms in several]
+
+
+def test_interleaved_frames_of_a_trajectory_are_one_material(tmp_path):
+    crystals = interleaved(*(motion(element, 10) for element in ("Cu", "Ni", "Ag")))
+    found = frames.read([write(tmp_path / "a.xyz", crystals)])
+    assert found.materials().tolist() == [0, 1, 2] * 10
+
+    # molecules that turn on the way
+    molecules = []
+    for i, atoms in enumerate(interleaved(*([Atoms("Cu2", [[0, 0, 0], [0, 0, 2.2]])] * 6,
+                                            [Atoms("Ni2", [[0, 0, 0], [0, 0, 2.1]])] * 6))):
+        atoms = atoms.copy()
+        atoms.rotate(20 * i, (1, 2, 3))
+        molecules.append(with_emt(atoms))
+    found = frames.read([write(tmp_path / "b.xyz", molecules)])
+    assert found.materials().tolist() == [0, 1] * 6
+
+    # the control: another cell is another crystal
+    for i, atoms in enumerate(crystals):
+        atoms.set_cell(atoms.cell * (1 + 0.005 * i), scale_atoms=True)
+    found = frames.read([write(tmp_path / "c.xyz", crystals)])
+    assert len(set(found.materials())) == 30
+
+
+def edges(rest, held) -> int:
+    """How many of the frames held have a neighbour in time in the rest, of the same element."""
+    left = {(str(atoms.symbols), atoms.info["time"]) for atoms in rest}
+    count = 0
+    for atoms in held:
+        key = str(atoms.symbols)
+        count += (key, atoms.info["time"] - 1) in left or (key, atoms.info["time"] + 1) in left
+    return count
+
+
+@pytest.mark.parametrize("elements", [("Cu",), ("Cu", "Ni")])
+def test_trajectory_is_split_in_blocks(elements):
+    """The control: the same frames in random order have no blocks to keep together."""
+    images = []
+    for time, several in enumerate(zip(*(motion(element, 60) for element in elements),
+                                       strict=True)):
+        for atoms in several:
+            frame = frames.labelled(atoms, 0.0, np.zeros((4, 3)), material=str(atoms.symbols))
+            frame.info["time"] = time
+            images.append(frame)
+    # Frames copy info, so that the times are still there
+    rest, held = frames.split(frames.in_memory(images), 0)
+    assert len(held) == 6 * len(elements) and edges(rest, held) <= 4 * len(elements)
+    assert len(rest) + len(held) == len(images)
+    mixed = [images[i] for i in np.random.default_rng(0).permutation(len(images))]
+    rest, held = frames.split(frames.in_memory(mixed), 0)
+    assert len(held) == 6 * len(elements) and edges(rest, held) == len(held)
 
 
 @pytest.mark.parametrize("key", ["mptrj_traj_id", "material_id", "material"])
@@ -614,7 +742,7 @@ def test_one_frame_cannot_be_split():
 def settings(**more) -> SimpleNamespace:
     """What load looks at."""
     usual = dict(train=(), valid=(), test=(), seed=0, energy="", forces="", stress="",
-                 stress_weight=0.1)
+                 stress_weight=0.1, strict=False)
     return SimpleNamespace(**{**usual, **more})
 
 
@@ -650,6 +778,87 @@ def test_load_hands_on_names_and_weights(tmp_path):
     assert "stress" in train[0].calc.results
     train, _, _ = frames.load(settings(train=(path,), stress_weight=0, **names), tmp_path)
     assert "stress" not in train[0].calc.results
+
+
+def test_equal_frames_are_trained_on_once(tmp_path):
+    crystals = copper(15)
+    path = write(tmp_path / "a.xyz", [*crystals, *crystals[:3]])
+    other = shutil.copy(path, tmp_path / "b.xyz")
+    said = []
+    for paths, count in (([path], 3), ([path, str(other)], 21)):
+        said.clear()
+        train, valid, test = frames.load(settings(train=paths), tmp_path, said.append)
+        assert len(train) + len(valid) + len(test) == 15
+        copies = said[-1]
+        assert copies.startswith(f"note: {count} of {15 + count} frames to train on are there "
+                                 f"twice and dropped, the first of them {path}, frame 15, which "
+                                 f"equals {path}, frame 0") and len(said) == 1
+
+    # the control: another energy, force or place is another frame
+    for change in (lambda atoms: atoms.calc.results.update(energy=0.5),
+                   lambda atoms: atoms.calc.results["forces"].__setitem__((0, 0), 0.5),
+                   lambda atoms: atoms.positions.__setitem__((0, 0), 0.001)):
+        others = copper(3)
+        for atoms in others:
+            change(atoms)
+        assert (frames.twins(frames.read([write(tmp_path / "c.xyz", [*copper(3), *others])]))[0]
+                < 0).all()
+
+
+def test_equal_frames_are_found_in_files_of_other_precision(tmp_path):
+    ase.io.write(tmp_path / "a.traj", copper(8))
+    write(tmp_path / "b.xyz", copper(8))
+    equal, _ = frames.twins(frames.read([str(tmp_path / "a.traj"), str(tmp_path / "b.xyz")]))
+    assert equal.tolist() == [-1] * 8 + list(range(8))
+
+
+@pytest.mark.parametrize("what", ["test", "valid"])
+def test_frames_of_other_sets_are_not_trained_on(what, tmp_path):
+    crystals = copper(30)
+    train = write(tmp_path / "a.xyz", crystals)
+    held = write(tmp_path / "b.xyz", crystals[4:8])
+    given = settings(train=(train,), **{"test": ("0",), "valid": ("0",), what: (held,)})
+    said = []
+    sets = dict(zip(("train", "valid", "test"), frames.load(given, tmp_path, said.append)))
+    assert said == [f"note: 4 of 30 frames to train on are also in the {what} set and stay there "
+                    f"alone, the first of them {train}, frame 4, which equals {held}, frame 0"]
+    assert len(sets["train"]) == 26 and len(sets[what]) == 4
+    assert_same_frames(sets["train"], crystals[:4] + crystals[8:])
+    given.train = (held,)
+    with pytest.raises(BadInput, match=f"every frame to train on is also in the {what} set"):
+        frames.load(given, tmp_path, said.append)
+
+
+def test_free_atoms_of_a_test_file_stay_there_and_are_named(tmp_path):
+    loose = [free("Cu", 20.0), free("Ni", 20.0)]
+    paths = {}
+    for name, crystals in (("a", [*copper(30), loose[0]]), ("b", [*copper(33)[30:], *loose])):
+        for atoms in crystals:
+            atoms.info = {}
+        paths[name] = (write(tmp_path / f"{name}.xyz", crystals),)
+    said = []
+    train, _, test = frames.load(settings(train=paths["a"], test=paths["b"]), tmp_path, said.append)
+    assert said == [f"note: 2 free atoms of the test set stay there and are not trained on, the "
+                    f"first of them {paths['b'][0]}, frame 3"]
+    assert frames.free_atoms(train).sum() == 1 and frames.free_atoms(test).sum() == 2
+
+
+def test_strict_turns_warnings_into_errors_and_quiet_says_nothing(tmp_path, capsys):
+    crystals = copper(15)
+    path = write(tmp_path / "a.xyz", crystals)
+    frames.load(settings(train=(path,), strict=True), tmp_path)
+    assert capsys.readouterr().err == ""
+    crystals[4].calc.results["energy"] = 1e6
+    write(tmp_path / "a.xyz", crystals)
+    frames.load(settings(train=(path,)), tmp_path)
+    text = capsys.readouterr().err
+    assert text.startswith("warning: energies far") and f"{path}, frame 4" in text
+    assert text.count("\n") == 1
+    with pytest.raises(BadInput, match="1 warnings, which --strict .* frame 4"):
+        frames.load(settings(train=(path,), strict=True), tmp_path)
+    capsys.readouterr()
+    frames.load(settings(train=(path,), strict=True), tmp_path, say=None)
+    assert capsys.readouterr().err == ""
 
 
 def test_load_makes_the_embedded_set_once(tmp_path, monkeypatch):
@@ -711,11 +920,70 @@ def warned(crystals: list[Atoms], change) -> list[str]:
     return frames.warnings(frames.in_memory(others))
 
 
-def test_suspicious_labels_are_named():
+def argon() -> list[Atoms]:
+    """Argon by Lennard-Jones, whose atoms are far apart for their covalent radii."""
+    crystals = []
+    for i in range(12):
+        atoms = ase.build.bulk("Ar", a=5.3, cubic=True) * (1 + i % 2, 1, 1)
+        atoms.rattle(0.1, seed=i)
+        atoms.calc = LennardJones(sigma=3.4, epsilon=0.0104, rc=9.0)
+        labels = (atoms.get_potential_energy(), atoms.get_forces(), atoms.get_stress())
+        crystals.append(frames.labelled(atoms, *labels, source=f"here, frame {i}"))
+    return crystals
+
+
+def strained() -> list[Atoms]:
+    """Copper that is drawn out step by step: energies against stresses."""
+    crystals = []
+    for i in range(12):
+        atoms = ase.build.bulk("Cu", cubic=True)
+        atoms.rattle(0.05, seed=0)
+        strain = np.diag([0.01 * i - 0.05, 0.004 * i, 0.0])
+        atoms.set_cell(atoms.cell.array @ (np.eye(3) + strain), scale_atoms=True)
+        crystals.append(with_emt(atoms))
+    return crystals
+
+
+def same_material(crystals: list[Atoms]) -> list[Atoms]:
+    """The crystals, as frames of one material, so that they are compared one with the next."""
+    return [frames.labelled(atoms, **atoms.calc.results, source=f"here, frame {i}", material="one")
+            for i, atoms in enumerate(crystals)]
+
+
+def said_of(crystals: list[Atoms], change=None, scale: float = 1.0) -> list[str]:
+    """The warnings after change(results) of every frame and scaling of all lengths."""
+    others = []
+    for atoms in same_material(crystals):
+        if change:
+            change(atoms.calc.results)
+        atoms.set_cell(atoms.cell.array * scale, scale_atoms=True)
+        others.append(atoms)
+    return frames.warnings(frames.in_memory(others))
+
+
+def multiply(**factors):
+    """A change that multiplies labels."""
+    def change(results):
+        for name, factor in factors.items():
+            results[name] = results[name] * factor
+    return change
+
+
+def test_clean_sets_give_no_warning():
+    assert frames.warnings(frames.in_memory([])) == []
+    molecules = [with_emt(Atoms("CuNi", [[0, 0, 0], [0, 0, 1.9 + 0.05 * i]])) for i in range(12)]
+    surface = [with_emt(ase.build.fcc111("Cu", (1, 1, n), vacuum=6)) for n in range(1, 9)]
+    for atoms in surface:
+        atoms.calc.results.pop("stress", None)
+        atoms.calc.results["energy"] -= 3.5 * len(atoms)  # EMT counts from the bulk
+    for crystals in (varied(), motion("Cu"), argon(), strained(), molecules, surface,
+                     [*varied(), *molecules], interleaved(motion("Cu"), motion("Ni"))):
+        assert said_of(crystals) == []
+
+
+def test_energies_per_atom_and_net_forces_are_named():
     crystals = varied()
     assert warned(crystals, lambda i, e, f, s: (e, f, s)) == []
-    assert frames.warnings(frames.in_memory([])) == []
-
     text, = warned(crystals, lambda i, e, f, s: (e / len(f), f, s))
     assert "here, frame 0" in text and "per atom" in text
 
@@ -726,8 +994,127 @@ def test_suspicious_labels_are_named():
     text, = warned(crystals, pushed)
     assert "1 of 12 frames" in text and "here, frame 5" in text and "sum to zero" in text
 
-    text, = warned(crystals, lambda i, e, f, s: (e, f, s + 2.0 * (i == 7)))
-    assert "eV/Å³" in text and "here, frame 7" in text
+
+@pytest.mark.parametrize("off", [1e6, 42.0, -42.0])
+def test_absurd_energy_is_named(off):
+    """One million, and the difference that a calculation which has not converged makes."""
+    crystals = [*varied(), *copper(20)]
+    assert said_of(crystals) == []
+    crystals[7].calc.results["energy"] += off
+    text, = said_of(crystals)
+    assert "1 of 32 frames: here, frame 7 (by" in text and "eV/atom" in text
+
+
+@pytest.mark.parametrize("factor", [200, 1e5])
+def test_absurd_forces_are_named(factor):
+    crystals = [*varied(), *copper(20)]
+    crystals[7].calc.results["forces"] *= factor
+    text, = said_of(crystals)
+    assert "very large forces in 1 of 32 frames: here, frame 7 (up to" in text
+
+
+@pytest.mark.parametrize("scale, unit", [(0.1, "nm"), (1 / 1.8897, "twice"), (1.8897, "Bohr"),
+                                         (100.0, "pm")])
+@pytest.mark.parametrize("make", [varied, strained])
+def test_unit_of_length_is_told_from_covalent_radii(scale, unit, make):
+    found = [text for text in said_of(make(), scale=scale) if "covalent radii" in text]
+    assert len(found) == 1 and unit in found[0] and "here, frame" in found[0]
+
+
+def test_atoms_on_each_other_are_named():
+    crystals = copper(12)
+    crystals[3].positions[1] = crystals[3].positions[0] + [0, 0, 0.4]
+    text, = said_of(crystals)
+    assert "almost on each other in 1 of 12 frames: here, frame 3" in text
+
+
+@pytest.mark.parametrize("change, words", [
+    (multiply(forces=-1), "forces tell.*sign"),
+    (multiply(forces=1 / 51.42), "forces tell.*Hartree/Bohr"),
+    (multiply(forces=23.06), "forces tell.*kcal/mol/Å"),
+    (multiply(energy=23.06), "forces tell.*energies in kcal/mol"),
+    (multiply(energy=1 / 27.21), "forces tell.*energies in Hartree")])
+def test_forces_are_compared_with_differences_of_energies(change, words):
+    text, = said_of(motion("Cu"), change)
+    assert re.search(words, text) and "here, frame 0" in text
+
+
+@pytest.mark.parametrize("change, words", [
+    (multiply(stress=-1), "stresses tell.*sign"),
+    (multiply(stress=1602.18), "stresses tell.*kbar"),
+    (multiply(stress=-1602.18), "stresses tell.*kbar, with VASP's sign"),
+    (multiply(stress=160.218), "stresses tell.*GPa")])
+def test_stresses_are_compared_with_differences_of_energies(change, words):
+    assert any(re.search(words, text) for text in said_of(strained(), change))
+
+
+def test_stress_in_kbar_is_told_by_the_frames_and_real_pressure_is_not():
+    crystals = [*varied(), *copper(20)]
+    text, = said_of(crystals, multiply(stress=-1602.18))
+    assert "look like kbar in 32 of 32 frames" in text and "-6.2415e-4" in text
+
+    crystals[9].calc.results["stress"] *= 1602.18
+    text, = said_of(crystals)
+    assert "look like kbar in 1 of 32 frames: here, frame 9" in text
+
+    # compressed to 1 TPa: energies, forces and stresses as Lennard-Jones has them
+    dense = []
+    for i in range(12):
+        atoms = ase.build.bulk("Cu", cubic=True, a=2.75 + 0.02 * i)
+        atoms.rattle(0.01, seed=i)
+        atoms.calc = LennardJones(sigma=2.3, epsilon=0.4, rc=6.0)
+        labels = (atoms.get_potential_energy(), atoms.get_forces(), atoms.get_stress())
+        dense.append(frames.labelled(atoms, *labels))
+    assert np.abs(dense[0].get_stress()).max() > 500 * units.GPa
+    assert said_of(dense) == []
+
+
+def test_equal_geometry_with_another_energy_is_named():
+    crystals = copper(12)
+    other = with_emt(crystals[2])
+    other.calc.results["energy"] += 0.5
+    found = said_of([*crystals, other])
+    assert len(found) == 1 and "1 frames have the geometry of another" in found[0]
+    assert "here, frame 12" in found[0] and "here, frame 2 " in found[0]
+
+
+def test_robust_fit_is_least_squares_without_outliers_to_the_last_bit():
+    rng = np.random.default_rng(0)
+    counts = rng.integers(0, 6, (200, 5)) + [1, 0, 0, 0, 0]
+    shares = (counts / counts.sum(1)[:, None])[:, np.arange(5)]
+    right = np.array([-3.0, -5, -8, 2, 0.5])
+    energies = shares @ right + rng.normal(0, 0.1, 200)
+    plain = np.linalg.lstsq(shares.T @ shares.copy("K"), shares.T @ energies, rcond=1e-9)[0]
+    E0, error, rank = suspicions.robust_fit(shares, energies)
+    assert (E0 == plain).all() and rank == 5 and (error == energies - shares @ E0).all()
+
+    # a tenth of the frames is absurd: the others alone count
+    wrong = energies.copy()
+    wrong[::10] += 10.0 ** rng.uniform(2, 6, 20)
+    kept = np.ones(200, bool)
+    kept[::10] = False
+    E0, error, _ = suspicions.robust_fit(shares, wrong)
+    np.testing.assert_allclose(E0, suspicions.robust_fit(shares[kept], energies[kept])[0])
+    assert (np.abs(error[::10]) > 50).all()
+    assert np.abs(np.linalg.lstsq(shares, wrong, rcond=None)[0] - right).max() > 100, "the control"
+
+    # an element that only outliers hold is not lost, and equal compositions have the smallest E0
+    rare = np.vstack([np.eye(2)[[0] * 30], [[0.5, 0.5], [0.9, 0.1]]])
+    _, _, rank = suspicions.robust_fit(rare, np.array([1.0] * 30 + [90.0, -90.0]))
+    assert rank == 2
+    E0, _, rank = suspicions.robust_fit(np.full((9, 2), 0.5), np.full(9, 3.0))
+    assert rank == 1 and E0 == pytest.approx([3, 3])
+
+
+def test_robust_scale_is_the_rms_without_absurd_frames_to_the_last_bit():
+    rng = np.random.default_rng(0)
+    forces = [rng.normal(0, 10 ** rng.uniform(-3, 1), (n, 3)) for n in rng.integers(1, 9, 100)]
+    plain = np.sqrt(np.mean(np.concatenate(forces) ** 2))
+    assert suspicions.robust_scale(forces) == plain
+    assert suspicions.robust_scale([*forces, np.full((4, 3), 1e6)]) == plain
+    relaxed = [1e-14 * of for of in forces]
+    assert suspicions.robust_scale([*relaxed, *forces]) == pytest.approx(plain / np.sqrt(2))
+    assert suspicions.robust_scale([np.zeros((1, 3))]) == 0
 
 
 # ─── Command ─────────────────────────────────────────────────────────────────────────────────────
