@@ -548,14 +548,18 @@ def open_text(path: str):
 
 def frames_of_json(path: str, names: Names, ignored: set[str]) -> Iterator[Atoms]:
     """Frames of a JSON file, streamed. Raises BadInput for a frame that is not understood."""
+    runs = Runs()
     with open_text(path) as file:
         for i, (keys, frame) in enumerate(stream(file)):
             source = f"{path}, frame {keys[1] if keys else i}"
             try:
-                yield frame_of_json(keys, frame, names, source, ignored)
+                atoms = frame_of_json(keys, frame, names, source, ignored)
             except (KeyError, TypeError, IndexError, AttributeError) as error:
                 raise BadInput(f"{source}: is no structure as pymatgen writes it "
                                f"({type(error).__name__}: {error})") from error
+            if atoms.info["material"] == source:  # no name of it
+                atoms.info["material"] = f"{path}: {atoms.symbols}, run {runs.number(atoms)}"
+            yield atoms
 
 
 # ─── Any file ────────────────────────────────────────────────────────────────────────────────────
@@ -867,10 +871,13 @@ class Frames(Sequence):
         every = np.unique(np.concatenate([part.elements() for part in self.parts]))
         return every[self.compositions(every).any(0)]
 
+    def checksums(self) -> np.ndarray:
+        """A number for all that every frame holds, [F]; frames of another kind of file differ."""
+        return self.gather([np.zeros(0, np.uint32)] + [part.checksums() for part in self.parts])
+
     def fingerprint(self) -> int:
         """A number that changes with every label, every position, every cell and their order."""
-        sums = self.gather([np.zeros(0, np.uint32)] + [part.checksums() for part in self.parts])
-        return zlib.crc32(sums.tobytes())
+        return zlib.crc32(self.checksums().tobytes())
 
 
 def in_memory(images: Iterable[Atoms]) -> Frames:
@@ -969,10 +976,10 @@ def blocks(frames: Frames) -> np.ndarray:
     """
     begins = np.arange(len(frames))
     material = frames.materials()
+    counts = frames.compositions(frames.elements())  # [F, Z]
     for number in np.unique(material):
         rows = np.flatnonzero(material == number)
-        first = frames[rows[0]]
-        if len(rows) < 4 or not all(suspicions.same_atoms(first, frames[row]) for row in rows):
+        if len(rows) < 4 or (counts[rows] != counts[rows[0]]).any():
             continue
 
         # a hundred places along the material: the next frame there, and one far away

@@ -27,6 +27,7 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.calculators.emt import EMT
+from ase.calculators.singlepoint import SinglePointCalculator
 
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":  # as a script, Python looks only beside this file
@@ -171,6 +172,40 @@ def test_fingerprint_changes_with_what_is_in_the_database(example, tmp_path):
             plain.connection.execute(command + "WHERE id = 1")
         prints.append(frames.read([str(tmp_path / "b.db")]).fingerprint())
     assert len(set(prints)) == 6
+
+
+def test_equal_frames_of_databases_are_found(example, tmp_path):
+    path, wanted = example
+    for name in ("a.db", "b.db"):
+        database.convert([str(path)], str(tmp_path / name))
+    once, _ = frames.twins(frames.read([str(tmp_path / "a.db")]))
+    twice, _ = frames.twins(frames.read([str(tmp_path / "a.db"), str(tmp_path / "b.db")]))
+    n = len(wanted)
+    assert (once[:40] < 0).all() and (twice[n:] >= 0).all() and (twice[:n] == once).all()
+    for later, row in enumerate(twice):
+        assert row < 0 or wanted[row % n].calc.results["energy"] == \
+               wanted[later % n].calc.results["energy"]
+
+
+def test_frames_keep_the_labels_they_have(tmp_path):
+    crystals = []
+    for i, lacking in enumerate(("", "energy", "forces", "stress")):
+        atoms = ase.build.bulk("Cu", cubic=True)
+        atoms.rattle(0.1, seed=i)
+        atoms.calc = EMT()
+        labels = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces(),
+                  "stress": atoms.get_stress()}
+        labels.pop(lacking, None)
+        atoms.calc = SinglePointCalculator(atoms, **labels)
+        crystals.append(atoms)
+    ase.io.write(tmp_path / "a.xyz", crystals, format="extxyz")
+    wanted = list(frames.iread(tmp_path / "a.xyz"))
+    database.convert([str(tmp_path / "a.xyz")], str(tmp_path / "a.db"))
+    assert_holds(tmp_path / "a.db", wanted)
+    some = frames.read([str(tmp_path / "a.db")])
+    assert some.labels().tolist() == frames.in_memory(wanted).labels().tolist()
+    assert np.isnan(some.energies()).tolist() == [False, True, False, False]
+    assert not frames.read([str(tmp_path / "a.db")], use_stress=False).labels()[:, 2].any()
 
 
 def test_stress_of_a_database_can_be_left_unread(example, tmp_path):
