@@ -973,6 +973,7 @@ def save(model: Facet, path: str | Path, **more) -> None:
         temporary.unlink(missing_ok=True)
 
 
+@torch.inference_mode(False)  # weights made in that mode could never be differentiated
 def load(path: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> Facet:
     """The model that `save` wrote, ready for use (`.eval()`).
 
@@ -1042,6 +1043,7 @@ class FacetCalculator(Calculator):
 
     implemented_properties = ["energy", "free_energy", "energies", "forces", "stress"]
 
+    @torch.inference_mode(False)
     def __init__(self, model: Facet | str | Path, device=None, dtype: torch.dtype = torch.float32):
         super().__init__()
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
