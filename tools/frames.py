@@ -1228,8 +1228,9 @@ def warnings(frames: Frames) -> list[str]:
     frames = frames.take(np.flatnonzero(~free_atoms(frames)))
     if len(frames) == 0:
         return []
-    crystals = list(sample(frames))
-    found = []
+    some = sample(frames)
+    found = suspicions.energies_per_atom(some) + suspicions.outlying_energies(frames)
+    crystals = list(some)
     for look in suspicions.WARNINGS:
         found += look(crystals)
     return found + suspicions.slopes(neighbouring(frames)) + contradictions(frames)
@@ -1259,6 +1260,7 @@ def report(frames: Frames) -> str:
     Labels, groups and distances of more than 5000 frames are those of a sample, evenly spread.
     """
     atoms = frames.atom_counts()
+    copies = int((twins(frames)[0] >= 0).sum())
     numbers = frames.elements()
     counts = frames.compositions(numbers)  # [F, Z]
     some = sample(frames)
@@ -1266,6 +1268,8 @@ def report(frames: Frames) -> str:
     materials = len(np.unique(frames.materials()))
     lines = [f"frames              {len(frames)}, of {materials} materials",
              f"atoms               {spread(atoms, 0)} per frame, {atoms.sum()} in all"]
+    if copies:
+        lines.append(f"equal frames        {copies} that are there already")
     if len(some) < len(frames):
         lines.append(f"looked at           {len(some)} frames, evenly spread, for what follows")
 

@@ -11,6 +11,8 @@ and the RMS over all frames give, to the last bit.
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from ase import Atoms
 from ase.data import covalent_radii
@@ -20,6 +22,7 @@ from ase.stress import voigt_6_to_full_3x3_stress
 ENERGY = 1.0            # eV/atom: an energy that is nearer to the fit is never an outlier …
 SPREADS = 25            # … nor one within so many times the typical distance from it
 FORCE = 100.0           # eV/Å: larger ones are named; MPtrj reaches 83
+LARGE = 10.0            # eV/Å, RMS of a frame: smaller ones always count for the scale of forces
 SHORT = 0.4             # shortest distance over the sum of covalent radii: named below this
 SHORT_SET = 0.6         # the same, if most frames are below it
 NM_SET = 0.25           # the same, if they are so far below it that positions may be in nm
@@ -64,10 +67,10 @@ def robust_fit(shares: np.ndarray, energies: np.ndarray) -> tuple[np.ndarray, np
     return E0, energies - shares @ E0, rank
 
 
-def far_above(values: np.ndarray) -> np.ndarray:
-    """Which of these positive values [F] are far above the others on a logarithmic scale.
+def far_above(values: np.ndarray, least: float) -> np.ndarray:
+    """Which of these positive values [F] are above `least` and far above the others.
 
-    At least thirty times the median, a thousand times if the values are spread widely; the median
+    That is thirty times their median, up to a thousand times if they are spread widely; the median
     of those that matter: a relaxed crystal's forces may be nothing but rounding.
     """
     some = values[values > 1e-3 * np.quantile(values, 0.9)] if len(values) else values
@@ -76,8 +79,8 @@ def far_above(values: np.ndarray) -> np.ndarray:
     logs = np.log(some)
     middle = np.median(logs)
     spread = 1.4826 * np.median(np.abs(logs - middle))
-    limit = middle + np.clip(6 * spread, np.log(30), np.log(1000))
-    return values > np.exp(limit)
+    limit = np.exp(middle + np.clip(6 * spread, np.log(30), np.log(1000)))
+    return values > max(limit, least)
 
 
 def rms(forces: list[np.ndarray]) -> np.ndarray:
@@ -90,7 +93,7 @@ def robust_scale(forces: list[np.ndarray]) -> float:
 
     forces: [N, 3] of every frame.
     """
-    absurd = far_above(rms(forces))
+    absurd = far_above(rms(forces), LARGE)
     kept = [of for of, left_out in zip(forces, absurd, strict=True) if not left_out]
     return float(np.sqrt(np.mean(np.concatenate(kept) ** 2)))
 
@@ -139,7 +142,7 @@ def alike(a: Atoms, b: Atoms) -> bool:
 
 # ─── Checks ──────────────────────────────────────────────────────────────────────────────────────
 
-def named(rows: np.ndarray, crystals: list[Atoms]) -> str:
+def named(rows: np.ndarray, crystals: Sequence[Atoms]) -> str:
     """The first three of these frames by name, and how many more there are."""
     names = [crystals[row].info["source"] for row in rows[:3]]
     more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
@@ -152,23 +155,24 @@ def label(crystals: list[Atoms], name: str) -> tuple[list[int], list]:
     return rows, [crystals[i].calc.results[name] for i in rows]
 
 
-def shares_and_energies(crystals: list[Atoms]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of the frames with an energy: rows, shares of the elements [F, Z] and eV/atom [F]."""
-    rows, energies = label(crystals, "energy")
-    numbers = np.unique(np.concatenate([[0], *(crystals[i].numbers for i in rows)]))[1:]
-    counts = np.zeros((len(rows), len(numbers)))
-    for k, i in enumerate(rows):
-        counts[k] = (crystals[i].numbers[:, None] == numbers).sum(0)
-    atoms = counts.sum(1)
-    return np.array(rows, int), counts / atoms[:, None], np.array(energies) / atoms
+def shares_and_energies(frames) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of the frames with an energy: rows, shares of the elements [F, Z] and eV/atom [F].
+
+    frames: a frames.Frames, of which only columns are read.
+    """
+    energies = frames.energies()
+    atoms = frames.atom_counts()
+    rows = np.flatnonzero(np.isfinite(energies))
+    shares = frames.compositions(frames.elements())[rows] / atoms[rows, None]
+    return rows, shares, energies[rows] / atoms[rows]
 
 
-def energies_per_atom(crystals: list[Atoms]) -> list[str]:
+def energies_per_atom(frames) -> list[str]:
     """Whether the energies look like energies per atom: composition explains those better."""
-    rows, shares, per_atom = shares_and_energies(crystals)
+    rows, shares, per_atom = shares_and_energies(frames)
     if len(rows) == 0:
         return []
-    atoms = np.array([len(crystals[i]) for i in rows])
+    atoms = frames.atom_counts()[rows]
 
     def unexplained(y: np.ndarray) -> float:
         """Spread of what a sum over elements leaves."""
@@ -178,15 +182,15 @@ def energies_per_atom(crystals: list[Atoms]) -> list[str]:
         return []
     if unexplained(per_atom * atoms) >= 0.5 * unexplained(per_atom):
         return []
-    first = crystals[rows[0]]
+    first = frames[rows[0]]
     return [f"the energies ({first.calc.results['energy']:.3f} eV for {len(first)} atoms in "
             f"{first.info['source']}) do not grow with the number of atoms: are they energies per "
             f"atom? Totals are meant"]
 
 
-def outlying_energies(crystals: list[Atoms]) -> list[str]:
+def outlying_energies(frames) -> list[str]:
     """Energies per atom far from what the composition explains in the other frames."""
-    rows, shares, per_atom = shares_and_energies(crystals)
+    rows, shares, per_atom = shares_and_energies(frames)
     if len(rows) < 5:
         return []
     _, error, _ = robust_fit(shares, per_atom)
@@ -197,7 +201,7 @@ def outlying_energies(crystals: list[Atoms]) -> list[str]:
     found = np.flatnonzero(far)
     found = found[np.argsort(-np.abs(error[found]), kind="stable")]
     return [f"energies far from all others of their composition, in {far.sum()} of {len(rows)} "
-            f"frames: {named(rows[found], crystals)} (by {error[found[0]]:+.4g} eV/atom, where "
+            f"frames: {named(rows[found], frames)} (by {error[found[0]]:+.4g} eV/atom, where "
             f"{typical:.2g} is usual): converged, in eV, and totals?"]
 
 
@@ -211,7 +215,7 @@ def net_forces(crystals: list[Atoms]) -> list[str]:
 
     # rounding of N forces adds up to √N times as much
     net = sums / np.sqrt([len(of) for of in forces])
-    limit = 0.02 + 0.1 * np.sqrt(squares[~far_above(np.sqrt(squares))].mean())
+    limit = 0.02 + 0.1 * np.sqrt(squares[~far_above(np.sqrt(squares), LARGE)].mean())
     if not (net > limit).any():
         return []
     worst = int(net.argmax())
@@ -226,7 +230,7 @@ def large_forces(crystals: list[Atoms]) -> list[str]:
     if not rows:
         return []
     largest = np.array([np.linalg.norm(of, axis=1).max() for of in forces])  # eV/Å
-    far = np.flatnonzero((largest > FORCE) | far_above(rms(forces)))
+    far = np.flatnonzero((largest > FORCE) | far_above(rms(forces), LARGE))
     if len(far) == 0:
         return []
     far = far[np.argsort(-largest[far], kind="stable")]
@@ -291,7 +295,7 @@ def stresses(crystals: list[Atoms]) -> list[str]:
     if not rows:
         return []
     work = np.array(work)
-    large = (work > WORK) | far_above(work) & (work > WORK / 10)
+    large = (work > WORK) | far_above(work, WORK / 10)
     large = np.flatnonzero(large & (work > FORCE_WORK * rms(forces)))
     if len(large) == 0:
         return []
@@ -302,7 +306,7 @@ def stresses(crystals: list[Atoms]) -> list[str]:
             f"stress out with --stress_weight 0"]
 
 
-WARNINGS = (energies_per_atom, outlying_energies, net_forces, large_forces, distances, stresses)
+WARNINGS = (net_forces, large_forces, distances, stresses)
 
 
 # ─── Checks of neighbouring frames ───────────────────────────────────────────────────────────────

@@ -813,8 +813,9 @@ def test_equal_frames_are_trained_on_once(tmp_path):
 def test_equal_frames_are_found_in_files_of_other_precision(tmp_path):
     ase.io.write(tmp_path / "a.traj", copper(8))
     write(tmp_path / "b.xyz", copper(8))
-    equal, _ = frames.twins(frames.read([str(tmp_path / "a.traj"), str(tmp_path / "b.xyz")]))
-    assert equal.tolist() == [-1] * 8 + list(range(8))
+    both = frames.read([str(tmp_path / "a.traj"), str(tmp_path / "b.xyz")])
+    assert frames.twins(both)[0].tolist() == [-1] * 8 + list(range(8))
+    assert "equal frames        8 that" in frames.report(both)
 
 
 @pytest.mark.parametrize("what", ["test", "valid"])
@@ -1117,6 +1118,7 @@ def test_robust_scale_is_the_rms_without_absurd_frames_to_the_last_bit():
     plain = np.sqrt(np.mean(np.concatenate(forces) ** 2))
     assert suspicions.robust_scale(forces) == plain
     assert suspicions.robust_scale([*forces, np.full((4, 3), 1e6)]) == plain
+    assert suspicions.robust_scale([*[0.002 * of for of in forces], *forces]) > 0.5 * plain
     relaxed = [1e-14 * of for of in forces]
     assert suspicions.robust_scale([*relaxed, *forces]) == pytest.approx(plain / np.sqrt(2))
     assert suspicions.robust_scale([np.zeros((1, 3))]) == 0
@@ -1131,6 +1133,7 @@ def test_command_reports_on_a_data_set(tmp_path, capsys):
     path = write(tmp_path / "a.extxyz", [*crystals, molecule])
     assert frames.main([path]) == 0
     page = capsys.readouterr().out
+    assert "equal frames" not in page
     for words in ("frames              4, of 2 materials", "2 to 4, median 4 per frame, 14 in all",
                   "  Ni                     1         1", "  Cu                     4        13",
                   "  hot                    1", "1 along 0 axes, 3 along 3 axes",
