@@ -148,7 +148,7 @@ def check(atoms: Atoms) -> Atoms:
 
 def is_free(atoms: Atoms) -> bool:
     """Whether this is one atom without neighbours: no periodic image of it is near."""
-    if len(atoms) != 1:
+    if len(atoms) != 1 or (atoms.cell.lengths()[atoms.pbc] < FREE).any():
         return False
     return len(neighbor_list("i", atoms, FREE)) == 0
 

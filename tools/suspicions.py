@@ -328,11 +328,8 @@ def slope(work: np.ndarray, change: np.ndarray) -> float:
 
 CURES = ((-1.0, "is the sign the other one, as of gradients?"),
          (51.42, "are they in Hartree/Bohr?"),
-         (25.71, "are they in Rydberg/Bohr?"),
-         (27.21, "are they in Hartree/Å?"),
-         (0.0434, "are they in kcal/mol/Å?"),
-         (0.0367, "are the energies in Hartree?"),
-         (23.06, "are the energies in kcal/mol?"),
+         (25.0, "are the energies in kcal/mol, or forces in Rydberg/Bohr or Hartree/Å?"),
+         (0.04, "are the energies in Hartree, or forces in kcal/mol/Å?"),
          (10.0, "are positions in nm?"),
          (0.529, "are positions in Bohr?"),
          (1.89, "are energies and forces in Hartree and Hartree/Bohr?"),
@@ -347,7 +344,7 @@ def wrong_factor(what: str, factor: float, example: Atoms) -> list[str]:
         return []
     distance = [abs(np.log(factor / usual)) if factor * usual > 0 else np.inf for usual, _ in CURES]
     best = int(np.argmin(distance))
-    cure = CURES[best][1] if distance[best] < 0.2 else "check units and signs"
+    cure = CURES[best][1] if distance[best] < 0.3 else "check units and signs"
     return [f"from frame to frame, energies change by {factor:.3g} times what the {what} tell, for "
             f"example from {example.info['source']} on: {cure}"]
 
