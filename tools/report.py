@@ -289,7 +289,7 @@ def report(folder: str | Path) -> dict:
     """
     folder = Path(folder)
     model, settings = read_run(folder)
-    train, valid, everything = load(settings, folder.parent)
+    train, valid, everything = load(settings, folder.parent, say=None)
 
     # errors on the test set
     test = list(sample(everything, SAMPLE))
