@@ -1,0 +1,259 @@
+"""JSON as MPtrj, MatPES and mlearn have it, to frames: streamed, whatever the size of the file.
+
+Each layout has its own small table of names and orders (see Layout). tools.frames.iread calls this.
+"""
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from ase import Atoms
+from ase.data import atomic_numbers
+
+from tools.labels import (
+    ASE_ORDER,
+    KBAR,
+    MATERIAL_KEYS,
+    VASP_ORDER,
+    WEIGHTS,
+    BadInput,
+    Names,
+    Runs,
+    group_of,
+    has_a_label,
+    labelled,
+    look_up,
+    numbers_in,
+    one_number,
+    six_numbers,
+    word,
+)
+
+
+class Layout(NamedTuple):
+    """What a JSON file calls its labels, the first that is there counts, and the order of a stress
+    of six numbers. Stresses are in kbar with VASP's sign in every layout."""
+    energy: tuple[str, ...]
+    forces: tuple[str, ...]
+    stress: tuple[str, ...]
+    order: str
+
+
+# {material: {frame: {structure, corrected_total_energy, force, stress 3 × 3}}}
+MPTRJ = Layout(("corrected_total_energy", "energy"), ("force", "forces"), ("stress",), "")
+
+# [{structure, energy, forces, stress of six, matpes_id}]
+MATPES = Layout(("energy",), ("forces",), ("stress",), ASE_ORDER)
+
+# [{structure, group, description, outputs: {energy, forces, virial_stress of six}}]
+MLEARN = Layout(("energy",), ("forces",), ("virial_stress",), VASP_ORDER)
+
+# a list of structures with labels; only a stress of nine numbers says what it means
+LIST = Layout(("energy",), ("forces",), ("stress",), "")
+
+# hydrogen under names that ASE does not know: an isotope has the same forces
+ISOTOPES = {"D": "H", "T": "H"}
+
+
+def layout_of(keys: list[str], labels: dict) -> Layout:
+    """The layout, from what sets it apart."""
+    if keys:
+        return MPTRJ
+    if "matpes_id" in labels:
+        return MATPES
+    if "virial_stress" in labels:
+        return MLEARN
+    return LIST
+
+
+class Text:
+    """JSON text of a file of any size: a buffer that is filled as it is read."""
+
+    def __init__(self, file, size: int):
+        self.file = file
+        self.size = size
+        self.text = ""
+        self.at = 0
+        self.decoder = json.JSONDecoder()
+
+    def peek(self) -> str:
+        """The next character that is not white space, comma or colon. Raises EOFError."""
+        while True:
+            while self.at < len(self.text) and self.text[self.at] in " \t\r\n,:":
+                self.at += 1
+            if self.at < len(self.text):
+                return self.text[self.at]
+            self.text = self.file.read(self.size)
+            self.at = 0
+            if not self.text:
+                raise EOFError("the file ends too early")
+
+    def skip(self) -> None:
+        """Go on behind the next character."""
+        self.peek()
+        self.at += 1
+
+    def value(self):
+        """The next value, whole. One that the buffer cuts off is tried again with twice the text.
+
+        Raises json.JSONDecodeError.
+        """
+        self.peek()
+        more = self.size
+        while True:
+            try:
+                value, self.at = self.decoder.raw_decode(self.text, self.at)
+                return value
+            except json.JSONDecodeError as error:
+                # a mistake far from the end of the buffer is no cut
+                far = len(self.text) - error.pos > 2 ** 20
+                new = "" if far else self.file.read(more)
+                if not new:
+                    raise
+                self.text = self.text[self.at:] + new
+                self.at = 0
+                more *= 2
+
+
+def stream(file, size: int = 2 ** 22) -> Iterator[tuple[list[str], dict]]:
+    """The objects of [{…}, …], or of {key: {key: {…}, …}, …} with their two keys, one by one.
+
+    Never is the whole text in memory. Raises EOFError, ValueError.
+    """
+    text = Text(file, size)
+    if text.peek() == "[":
+        text.skip()
+        while text.peek() != "]":
+            yield [], text.value()
+        return
+
+    if text.peek() != "{":
+        raise ValueError(f"begins with {text.peek()!r}, not with a list or an object")
+    text.skip()
+    while text.peek() != "}":
+        material = text.value()
+        if text.peek() != "{":
+            raise ValueError(f"{material} holds no frames; MPtrj has "
+                             f"{{material: {{frame: {{…}}}}}}")
+        text.skip()
+        while text.peek() != "}":
+            frame = text.value()
+            if text.peek() != "{":
+                raise ValueError(f"{material}, {frame} is no structure; MPtrj has "
+                                 f"{{material: {{frame: {{…}}}}}}")
+            yield [material, frame], text.value()
+        text.skip()
+
+
+def crystal(structure: dict, source: str) -> Atoms:
+    """A pymatgen Structure or Molecule, as JSON, as Atoms. Raises BadInput for a disordered one."""
+    numbers = []
+    for site in structure["sites"]:
+        if len(site["species"]) != 1:
+            raise BadInput(f"{source}: a site is shared by several elements; only ordered crystals "
+                           f"can be trained on")
+        species = site["species"][0]
+        occupancy = species.get("occu", 1)
+        if abs(occupancy - 1) > 1e-6:
+            raise BadInput(f"{source}: a site is occupied to {occupancy:g}; only ordered crystals "
+                           f"can be trained on")
+        symbol = ISOTOPES.get(species["element"], species["element"])
+        if symbol not in atomic_numbers:
+            raise BadInput(f"{source}: {symbol!r} is no element")
+        numbers.append(atomic_numbers[symbol])
+
+    # a molecule has no lattice
+    lattice = structure.get("lattice")
+    if not lattice:
+        return Atoms(numbers, [site["xyz"] for site in structure["sites"]])
+
+    pbc = lattice.get("pbc") or [True, True, True]
+    if all("xyz" in site for site in structure["sites"]):
+        positions = [site["xyz"] for site in structure["sites"]]
+        return Atoms(numbers, positions, cell=lattice["matrix"], pbc=pbc)
+    positions = [site["abc"] for site in structure["sites"]]
+    return Atoms(numbers, scaled_positions=positions, cell=lattice["matrix"], pbc=pbc)
+
+
+def material_of(keys: list[str], frame: dict, source: str) -> str:
+    """MPtrj's key, a name in the frame, or mlearn's group and description; else the frame's own."""
+    if keys:
+        return word(keys[0])
+    for key in MATERIAL_KEYS:
+        if frame.get(key) is not None:
+            return word(frame[key])
+    original = (frame.get("provenance") or {}).get("original_mp_id")
+    if original is not None:
+        return word(original)
+    if "description" in frame:
+        return word(f"{frame.get('group', '')}{frame['description']}")
+    return source
+
+
+def frame_of_json(keys: list[str], frame: dict, names: Names, source: str,
+                  ignored: set[str]) -> Atoms:
+    """One frame of a JSON file. Raises BadInput, and KeyError or the like for what is no frame."""
+    if not isinstance(frame, dict):
+        raise BadInput(f"{source}: is no structure with labels, but {str(frame)[:40]!r}")
+    labels = {**frame, **(frame.get("outputs") or {})}
+    ignored.update(name for name in labels if name.lower() in WEIGHTS)
+    layout = layout_of(keys, labels)
+
+    # each label under the name that was given, or under the first usual one that is there
+    found = {}
+    for what, given, usual in (("energy", names.energy, layout.energy),
+                               ("forces", names.forces, layout.forces),
+                               ("stress", names.stress, layout.stress)):
+        found[what] = None
+        for name in ([given] if given else usual):
+            if found[what] is None:
+                found[what] = look_up(labels, name)
+
+    if frame.get("structure") is None:
+        raise BadInput(f"{source}: has no structure; it has {', '.join(labels)}")
+    atoms = crystal(frame["structure"], source)
+    energy = found["energy"]
+    forces = found["forces"]
+    has_a_label(energy, forces, names, labels, source)
+    if energy is not None:
+        energy = one_number(energy, "the energy", source)
+    if forces is None and len(atoms) == 1:
+        forces = np.zeros((1, 3))
+    if forces is not None:
+        forces = numbers_in(forces, "forces", source)
+
+    # the layout tells the order of its own stress, not that of another name
+    stress = None
+    order = layout.order if not names.stress or names.stress in layout.stress else ""
+    if found["stress"] is not None and not (names.virial() and atoms.cell.rank < 3):
+        stress = six_numbers(found["stress"], order, source)
+    if stress is not None:
+        stress = stress * (-1 / atoms.get_volume() if names.virial() else KBAR)
+
+    return labelled(atoms, energy, forces, stress, source, material_of(keys, frame, source),
+                    group_of(frame))
+
+
+def open_text(path: str):
+    """A JSON file as text, perhaps compressed."""
+    opener = gzip.open if path.lower().endswith(".gz") else open
+    return opener(path, "rt", encoding="utf-8-sig")  # -sig: a byte-order mark is skipped
+
+
+def frames_of_json(path: str, names: Names, ignored: set[str]) -> Iterator[Atoms]:
+    """Frames of a JSON file, streamed. Raises BadInput for a frame that is not understood."""
+    runs = Runs()
+    with open_text(path) as file:
+        for i, (keys, frame) in enumerate(stream(file)):
+            source = f"{path}, frame {keys[1] if keys else i}"
+            try:
+                atoms = frame_of_json(keys, frame, names, source, ignored)
+            except (KeyError, TypeError, IndexError, AttributeError) as error:
+                raise BadInput(f"{source}: is no structure as pymatgen writes it "
+                               f"({type(error).__name__}: {error})") from error
+            if atoms.info["material"] == source:  # no name of it
+                atoms.info["material"] = f"{path}: {atoms.symbols}, run {runs.number(atoms)}"
+            yield atoms

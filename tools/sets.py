@@ -1,0 +1,426 @@
+"""Many frames: in memory or in a database on the disk, as one sequence; splits, equal frames.
+
+tools.frames.read makes them from files.
+"""
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import ase.db
+import numpy as np
+from ase import Atoms
+
+from tools import suspicions
+from tools.labels import LABELS, USUAL, BadInput, Names, is_free, labelled
+
+# numbers that differ by less are equal: files keep about eight digits
+EQUAL = 2e-6
+
+
+# ─── Sets of frames ───────────────────────────────────────────────────────────────────────────────
+
+
+class InMemory:
+    """Frames as a list of Atoms."""
+
+    def __init__(self, images: Iterable[Atoms]):
+        self.images = list(images)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def frame(self, row: int) -> Atoms:
+        """A copy: what is done to it does not change the set."""
+        atoms = self.images[row].copy()
+        atoms.calc = self.images[row].calc
+        return atoms
+
+    def atom_counts(self) -> np.ndarray:
+        return np.array([len(atoms) for atoms in self.images], int)
+
+    def elements(self) -> np.ndarray:
+        return np.unique(np.concatenate([atoms.numbers for atoms in self.images]))
+
+    def compositions(self, numbers: np.ndarray) -> np.ndarray:
+        counts = np.zeros((len(self), len(numbers)), np.int16)
+        for row, atoms in enumerate(self.images):
+            counts[row] = (atoms.numbers[:, None] == numbers).sum(0)
+        return counts
+
+    def energies(self) -> np.ndarray:
+        return np.array([atoms.calc.results.get("energy", np.nan) for atoms in self.images], float)
+
+    def labels(self) -> np.ndarray:
+        found = np.zeros((len(self), len(LABELS)), bool)
+        for row, atoms in enumerate(self.images):
+            found[row] = [name in atoms.calc.results for name in LABELS]
+        return found
+
+    def volumes(self) -> np.ndarray:
+        return np.array([atoms.cell.volume for atoms in self.images], float)
+
+    def materials(self) -> Iterator[str]:
+        for atoms in self.images:
+            yield atoms.info["material"]
+
+    def checksums(self) -> np.ndarray:
+        sums = np.zeros(len(self), np.uint32)
+        for row, atoms in enumerate(self.images):
+            results = atoms.calc.results
+            parts = [atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc]
+            for name in LABELS:
+                if name in results:
+                    parts.append(np.array(results[name]))
+            for part in parts:
+                sums[row] = zlib.crc32(np.ascontiguousarray(part).tobytes(), int(sums[row]))
+        return sums
+
+
+def made_here(path: str) -> bool:
+    """Whether this is a database of tools.database: its frames are checked, their names settled."""
+    if not path.lower().endswith(".db") or not Path(path).is_file():
+        return False
+    try:
+        return "facet" in ase.db.connect(path, type="db", use_lock_file=False).metadata
+    except sqlite3.DatabaseError:
+        return False
+
+
+class OnDisk:
+    """Frames in a database of tools.database, read when they are asked for.
+
+    Every process, and every thread, opens a connection of its own: nothing open is inherited by
+    fork or sent along by pickle. Raises BadInput for a database that is not complete, or that was
+    made with other names of labels.
+    """
+
+    def __init__(self, path: str, names: Names = USUAL, use_stress: bool = True):
+        self.path = os.path.abspath(path)
+        self.use_stress = use_stress
+        self.owner = None
+        self.database = None
+
+        made = self.connection().metadata["facet"]
+        if not made["complete"]:
+            raise BadInput(f"{path}: is not complete; give the command that makes it once more")
+        if names != USUAL and list(names) != made["names"]:
+            raise BadInput(f"{path}: has its labels already; names of labels are given to "
+                           f"tools.database, which makes it")
+        self.ids = self.column("SELECT id FROM systems ORDER BY id", int)
+        self.sums = None
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "owner": None, "database": None}
+
+    def connection(self):
+        """The ase.db database, connected in this process and thread."""
+        owner = (os.getpid(), threading.get_ident())
+        if self.owner != owner:
+            self.owner = owner
+            self.database = ase.db.connect(self.path, type="db", use_lock_file=False, serial=True)
+            self.database.__enter__()  # one connection for all rows, instead of one for each
+        return self.database
+
+    def select(self, command: str) -> sqlite3.Cursor:
+        return self.connection().connection.execute(command)
+
+    def column(self, command: str, dtype) -> np.ndarray:
+        """What a SELECT of one column gives, as an array."""
+        return np.fromiter((row[0] for row in self.select(command)), dtype)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def frame(self, row: int) -> Atoms:
+        found = self.connection().get(int(self.ids[row]))
+        atoms = Atoms(found.numbers, found.positions, cell=found.cell, pbc=found.pbc)
+        stress = found.get("stress") if self.use_stress else None
+        return labelled(atoms, found.get("energy"), found.get("forces"), stress, found.source,
+                        found.material, found.get("group", ""))
+
+    def atom_counts(self) -> np.ndarray:
+        return self.column("SELECT natoms FROM systems ORDER BY id", int)
+
+    def elements(self) -> np.ndarray:
+        return self.column("SELECT DISTINCT Z FROM species ORDER BY Z", int)
+
+    def compositions(self, numbers: np.ndarray) -> np.ndarray:
+        fields = [("id", int), ("Z", int), ("n", int)]
+        found = np.fromiter(self.select("SELECT id, Z, n FROM species"), fields)
+        counts = np.zeros((len(self), len(numbers)), np.int16)
+        for k, number in enumerate(numbers):
+            here = found[found["Z"] == number]
+            counts[np.searchsorted(self.ids, here["id"]), k] = here["n"]
+        return counts
+
+    def energies(self) -> np.ndarray:
+        # SQLite has no nan, but infinity
+        found = self.column("SELECT COALESCE(energy, 9e999) FROM systems ORDER BY id", float)
+        return np.where(np.isfinite(found), found, np.nan)
+
+    def labels(self) -> np.ndarray:
+        columns = []
+        for name in LABELS:
+            command = f"SELECT {name} IS NOT NULL FROM systems ORDER BY id"
+            columns.append(self.column(command, bool))
+        columns[2] &= self.use_stress
+        return np.stack(columns, 1)
+
+    def volumes(self) -> np.ndarray:
+        return self.column("SELECT COALESCE(volume, 0) FROM systems ORDER BY id", float)
+
+    def materials(self) -> Iterator[str]:
+        command = "SELECT value FROM text_key_values WHERE key = 'material' ORDER BY id"
+        for value, in self.select(command):
+            yield value
+
+    def checksums(self) -> np.ndarray:
+        if self.sums is not None:
+            return self.sums
+        columns = "numbers, positions, cell, pbc, energy, forces"
+        if self.use_stress:
+            columns += ", stress"
+        sums = np.zeros(len(self), np.uint32)
+        for row, values in enumerate(self.select(f"SELECT {columns} FROM systems ORDER BY id")):
+            for value in values:
+                part = value if isinstance(value, bytes) else repr(value).encode()
+                sums[row] = zlib.crc32(part, int(sums[row]))
+        self.sums = sums
+        return sums
+
+
+class Frames(Sequence):
+    """Frames of one or several files: frames[i] is an Atoms, frames[a:b] are Frames again.
+
+    Large sets stay on the disk (a database of tools.database); others are lists in memory.
+    """
+
+    def __init__(self, parts: Sequence[InMemory | OnDisk], rows: np.ndarray | None = None):
+        """rows [F, 2]: the part and the row in it of each frame; None: all."""
+        self.parts = list(parts)
+        if rows is None:
+            every = [np.zeros((0, 2), int)]
+            for number, part in enumerate(self.parts):
+                every.append(np.stack([np.full(len(part), number), np.arange(len(part))], 1))
+            rows = np.concatenate(every)
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return self.take(np.arange(len(self))[i])
+        number, row = self.rows[i]
+        return self.parts[number].frame(row)
+
+    def take(self, chosen) -> Frames:
+        """Some of the frames: their indices, as Frames."""
+        return Frames(self.parts, self.rows[np.asarray(chosen, int)])
+
+    def gather(self, columns: list[np.ndarray]) -> np.ndarray:
+        """The column [F, …] from those of all parts."""
+        first = np.cumsum([0] + [len(part) for part in self.parts])  # row of each part's first
+        return np.concatenate(columns)[first[self.rows[:, 0]] + self.rows[:, 1]]
+
+    def atom_counts(self) -> np.ndarray:
+        """Atoms of every frame, [F]."""
+        empty = np.zeros(0, int)
+        return self.gather([empty] + [part.atom_counts() for part in self.parts])
+
+    def compositions(self, numbers: Sequence[int]) -> np.ndarray:
+        """Atoms of each element, by atomic number, in every frame, [F, Z]."""
+        numbers = np.asarray(numbers, int)
+        empty = np.zeros((0, len(numbers)), np.int16)
+        return self.gather([empty] + [part.compositions(numbers) for part in self.parts])
+
+    def energies(self) -> np.ndarray:
+        """Energy of every frame, eV, [F]; nan where there is none."""
+        return self.gather([np.zeros(0)] + [part.energies() for part in self.parts])
+
+    def labels(self) -> np.ndarray:
+        """Whether every frame has energy, forces and stress, [F, 3] of bool."""
+        return self.gather([np.zeros((0, 3), bool)] + [part.labels() for part in self.parts])
+
+    def volumes(self) -> np.ndarray:
+        """Volume of every cell, Å³, [F]; 0 where it does not span space."""
+        return self.gather([np.zeros(0)] + [part.volumes() for part in self.parts])
+
+    def materials(self) -> np.ndarray:
+        """A number for the material of every frame, [F]: in order of appearance in the files."""
+        columns = [np.zeros(0, int)]
+        known = {}
+        for part in self.parts:
+            numbers = np.zeros(len(part), int)
+            for row, name in enumerate(part.materials()):
+                numbers[row] = known.setdefault(name, len(known))
+            columns.append(numbers)
+        return self.gather(columns)
+
+    def elements(self) -> np.ndarray:
+        """Atomic numbers that occur in these frames, ascending."""
+        if len(self) == 0:
+            return np.zeros(0, int)
+        every = np.unique(np.concatenate([part.elements() for part in self.parts]))
+        return every[self.compositions(every).any(0)]
+
+    def checksums(self) -> np.ndarray:
+        """A number for all that every frame holds, [F]; frames of another kind of file differ."""
+        return self.gather([np.zeros(0, np.uint32)] + [part.checksums() for part in self.parts])
+
+    def fingerprint(self) -> int:
+        """A number that changes with every label, every position, every cell and their order."""
+        return zlib.crc32(self.checksums().tobytes())
+
+
+def in_memory(images: Iterable[Atoms]) -> Frames:
+    """Labelled Atoms as Frames (see `labelled`)."""
+    return Frames([InMemory(images)])
+
+
+# ─── Splits and equal frames ──────────────────────────────────────────────────────────────────────
+
+
+def free_atoms(frames: Frames) -> np.ndarray:
+    """Which frames are free atoms, [F] of bool."""
+    free = np.zeros(len(frames), bool)
+    for row in np.flatnonzero(frames.atom_counts() == 1):
+        free[row] = is_free(frames[row])
+    return free
+
+
+def blocks(frames: Frames) -> np.ndarray:
+    """For every frame the row that begins its block, [F]: what a split leaves together.
+
+    A material whose frames are a trajectory, consecutive ones nearer to each other than others, is
+    cut into twenty blocks; any other frame is a block of its own.
+    """
+    begins = np.arange(len(frames))
+    material = frames.materials()
+    counts = frames.compositions(frames.elements())  # [F, Z]
+    for number in np.unique(material):
+        rows = np.flatnonzero(material == number)
+        if len(rows) < 4 or (counts[rows] != counts[rows[0]]).any():
+            continue
+
+        # a hundred places along the material: the next frame there, and one far away
+        near = []
+        far = []
+        half = len(rows) // 2
+        for k in np.unique(np.linspace(0, half - 1, 100).astype(int)):
+            here = frames[rows[k]]
+            near.append(suspicions.apart(here, frames[rows[k + 1]]))
+            far.append(suspicions.apart(here, frames[rows[k + half]]))
+        if np.median(near) < 0.5 * np.median(far):
+            length = -(-len(rows) // 20)
+            begins[rows] = rows[np.arange(len(rows)) // length * length]
+    return begins
+
+
+def split(frames: Frames, seed: int, share: float = 0.1) -> tuple[Frames, Frames]:
+    """Two parts: the rest, and a share of the materials, or of blocks if materials are few.
+
+    Free atoms stay in the rest: nothing else tells their energies. Raises BadInput for one frame.
+    """
+    fixed = free_atoms(frames)
+    key = frames.materials()
+    if len(np.unique(key[~fixed])) < 10:
+        key = blocks(frames)
+
+    names = np.random.default_rng(seed).permutation(np.unique(key[~fixed]))
+    held = np.isin(key, names[:max(1, int(share * len(names)))]) & ~fixed
+    if held[~fixed].all() or not held.any():
+        first = frames[0].info["source"] if len(frames) else "no frames"
+        raise BadInput(f"{first}: so few structures cannot be split into training, validation and "
+                       f"test; give more, or files for each")
+    return frames.take(np.flatnonzero(~held)), frames.take(np.flatnonzero(held))
+
+
+def together(*sets: Frames) -> Frames:
+    """The frames of all sets, one after the other."""
+    parts = []
+    rows = [np.zeros((0, 2), int)]
+    for frames in sets:
+        rows.append(frames.rows + [len(parts), 0])
+        parts += frames.parts
+    return Frames(parts, np.concatenate(rows))
+
+
+def twins(frames: Frames) -> tuple[np.ndarray, np.ndarray]:
+    """For every frame an earlier one that is equal, and one of the same geometry but another
+    energy; [F] each, -1 where there is none.
+
+    In memory, numbers are equal within EQUAL; wrapped or moved copies are not found. In databases,
+    frames are equal if their checksums, atoms and energies are.
+    """
+    equal = np.full(len(frames), -1)
+    contrary = np.full(len(frames), -1)
+
+    # databases: checksums only if any energies are the same
+    disk = np.array([isinstance(part, OnDisk) for part in frames.parts], bool)
+    rows = np.flatnonzero(disk[frames.rows[:, 0]])
+    stored = frames.take(rows)
+    columns = [stored.atom_counts(), stored.energies()]
+    if len(np.unique(np.array(columns), axis=1)[0]) < len(rows):
+        columns.append(stored.checksums())
+        _, first, same = np.unique(np.array(columns), axis=1, return_index=True,
+                                   return_inverse=True)
+        earlier = rows[first[same.ravel()]]
+        equal[rows] = np.where(earlier < rows, earlier, -1)
+
+    # in memory: frames of the same atoms, along a projection of their geometry
+    alike = {}
+    for row in np.flatnonzero(~disk[frames.rows[:, 0]]):
+        number, place = frames.rows[row]
+        atoms = frames.parts[number].images[place]
+        alike.setdefault((atoms.numbers.tobytes(), atoms.pbc.tobytes()), []).append((row, atoms))
+    for members in alike.values():
+        if len(members) == 1:
+            continue
+        geometry = np.stack([np.append(atoms.positions, atoms.cell.array) for _, atoms in members])
+        along = geometry @ np.cos(np.arange(geometry.shape[1]))
+        order = np.argsort(along, kind="stable")
+        width = EQUAL * geometry.shape[1]
+        for a, i in enumerate(order):
+            for j in order[a + 1:]:
+                if along[j] - along[i] > width:
+                    break
+                if np.abs(geometry[i] - geometry[j]).max() > EQUAL:
+                    continue
+                (early, left), (late, right) = sorted((members[i], members[j]),
+                                                      key=lambda member: member[0])
+                if equal_labels(left, right):
+                    equal[late] = early
+                elif abs(left.calc.results.get("energy", np.nan)
+                         - right.calc.results.get("energy", np.nan)) > 0.01 * len(left):
+                    contrary[late] = early
+    return equal, contrary
+
+
+def equal_labels(a: Atoms, b: Atoms) -> bool:
+    """Whether two frames have the same labels, with the same values."""
+    left = a.calc.results
+    right = b.calc.results
+    if left.keys() != right.keys():
+        return False
+    return all(np.abs(left[name] - right[name]).max() <= EQUAL for name in left)
+
+
+def sample(frames: Frames, count: int = 5000) -> Frames:
+    """At most `count` frames, evenly spread."""
+    rows = np.linspace(0, len(frames) - 1, min(count, len(frames)))
+    return frames.take(np.unique(rows.astype(int)))
+
+
+def neighbouring(frames: Frames, count: int = 2000) -> list[tuple[Atoms, Atoms]]:
+    """At most `count` pairs of consecutive frames of a material, evenly spread."""
+    material = frames.materials()
+    order = np.argsort(material, kind="stable")
+    first = np.flatnonzero(material[order[:-1]] == material[order[1:]])
+    chosen = np.unique(np.linspace(0, len(first) - 1, min(count, len(first))).astype(int))
+    return [(frames[order[k]], frames[order[k + 1]]) for k in first[chosen]]
