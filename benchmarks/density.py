@@ -2,6 +2,8 @@
 
     python benchmarks/density.py            # 3 minutes on 2 quiet cores
     python benchmarks/density.py --quick    # 20 seconds: few repeats, to 512 atoms; writes nothing
+    python benchmarks/density.py --sums     # 1 minute: what facet.py's three sums over neighbours
+                                            # save against torch.bmm(edge, h[index]); writes nothing
 
 Prints, at one thread and at two:
 
@@ -291,6 +293,70 @@ def neighbour_share(sizes: list[int], seconds: float) -> dict:
     return result
 
 
+# ─── What the three sums over neighbours save ────────────────────────────────────────────────────
+
+
+class PlainSum:
+    """What facet.NeighbourSum computes, in one line; its derivatives are autograd's."""
+
+    @staticmethod
+    def apply(edge: Tensor, h: Tensor, index: Tensor) -> Tensor:
+        """edge [N·B, M, K], h [N·B, X], index [N·B, K] → [N·B, M, X]."""
+        return torch.bmm(edge, h[index])
+
+
+def silicon_jobs(n: int, kind=None) -> dict[str, Callable]:
+    """An evaluation and a training step of the default model on 8 n³ atoms, with kind's sums."""
+    config = facet.Config(("Si",))
+    model = facet.Facet(config)
+    batch = facet.make_batch([facet.find_neighbours(silicon(n), config)], config.cutoff)
+    kind = kind or facet.NeighbourSum
+
+    def evaluation():
+        facet.NeighbourSum = kind
+        model(batch)
+
+    def step():
+        facet.NeighbourSum = kind
+        out = model(batch, differentiable=True)
+        model.zero_grad()
+        (out["forces"].square().sum() + out["energy"].square().sum()).backward()
+
+    return {"evaluation": evaluation, "training step": step}
+
+
+def growth_in_steps(n: int, plain: bool) -> None:
+    """Print the MB by which three training steps make this process larger."""
+    import resource
+
+    step = silicon_jobs(n, PlainSum if plain else None)["training step"]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(3):
+        step()
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit / 1e6)
+
+
+def what_sums_save() -> None:
+    """Print milliseconds (one thread) and memory of both, for 64 and 512 silicon atoms."""
+    for n in (2, 4):
+        megabytes = []
+        for plain in (False, True):
+            code = f"import density; density.growth_in_steps({n}, {plain})"
+            found = subprocess.check_output([sys.executable, "-c", code], cwd=Path(__file__).parent)
+            megabytes.append(float(found))
+        print(f"{8 * n**3} atoms  memory of a training step {megabytes[0]:.0f} MB, plain "
+              f"{megabytes[1]:.0f} MB: {megabytes[0] / megabytes[1]:.2f} of it")
+
+        torch.set_num_threads(1)
+        ours = silicon_jobs(n)
+        plain = silicon_jobs(n, PlainSum)
+        for name in ours:
+            ms = in_turn({"ours": ours[name], "plain": plain[name]}, 6)
+            print(f"{8 * n**3} atoms  {name} {ms['ours']:.1f} ms, plain {ms['plain']:.1f} ms: "
+                  f"{ms['ours'] / ms['plain']:.2f} of it")
+
+
 # ─── All of it ───────────────────────────────────────────────────────────────────────────────────
 
 
@@ -318,7 +384,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a smoke run that writes nothing")
-    quick = parser.parse_args().quick
+    parser.add_argument("--sums", action="store_true", help="what facet.py's sums save; no more")
+    options = parser.parse_args()
+    if options.sums:
+        what_sums_save()
+        return
+    quick = options.quick
     start = time.perf_counter()
     load = os.getloadavg()[0]
     settings = ("MALLOC_", "OMP_", "MKL_")
