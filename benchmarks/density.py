@@ -305,19 +305,21 @@ class PlainSum:
         return torch.bmm(edge, h[index])
 
 
-def silicon_jobs(n: int, kind=None) -> dict[str, Callable]:
-    """An evaluation and a training step of the default model on 8 n³ atoms, with kind's sums."""
+SUMS = {"ours": facet.NeighbourSum, "plain": PlainSum}
+
+
+def silicon_jobs(n: int, which: str) -> dict[str, Callable]:
+    """An evaluation and a training step of the default model on 8 n³ atoms, with one of SUMS."""
     config = facet.Config(("Si",))
     model = facet.Facet(config)
     batch = facet.make_batch([facet.find_neighbours(silicon(n), config)], config.cutoff)
-    kind = kind or facet.NeighbourSum
 
     def evaluation():
-        facet.NeighbourSum = kind
+        facet.NeighbourSum = SUMS[which]
         model(batch)
 
     def step():
-        facet.NeighbourSum = kind
+        facet.NeighbourSum = SUMS[which]
         out = model(batch, differentiable=True)
         model.zero_grad()
         (out["forces"].square().sum() + out["energy"].square().sum()).backward()
@@ -325,11 +327,11 @@ def silicon_jobs(n: int, kind=None) -> dict[str, Callable]:
     return {"evaluation": evaluation, "training step": step}
 
 
-def growth_in_steps(n: int, plain: bool) -> None:
+def growth_in_steps(n: int, which: str) -> None:
     """Print the MB by which three training steps make this process larger."""
     import resource
 
-    step = silicon_jobs(n, PlainSum if plain else None)["training step"]
+    step = silicon_jobs(n, which)["training step"]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(3):
         step()
@@ -338,21 +340,21 @@ def growth_in_steps(n: int, plain: bool) -> None:
 
 
 def what_sums_save() -> None:
-    """Print milliseconds (one thread) and memory of both, for 64 and 512 silicon atoms."""
+    """Print memory and milliseconds (CPU time, one thread) of both, for 64 and 512 atoms."""
+    torch.set_num_threads(1)
     for n in (2, 4):
-        megabytes = []
-        for plain in (False, True):
-            code = f"import density; density.growth_in_steps({n}, {plain})"
+        megabytes = {}
+        for which in SUMS:
+            code = f"import density; density.growth_in_steps({n}, {which!r})"
             found = subprocess.check_output([sys.executable, "-c", code], cwd=Path(__file__).parent)
-            megabytes.append(float(found))
-        print(f"{8 * n**3} atoms  memory of a training step {megabytes[0]:.0f} MB, plain "
-              f"{megabytes[1]:.0f} MB: {megabytes[0] / megabytes[1]:.2f} of it")
+            megabytes[which] = float(found)
+        print(f"{8 * n**3} atoms  memory of a training step {megabytes['ours']:.0f} MB, plain "
+              f"{megabytes['plain']:.0f} MB: {megabytes['ours'] / megabytes['plain']:.2f} of it")
 
-        torch.set_num_threads(1)
-        ours = silicon_jobs(n)
-        plain = silicon_jobs(n, PlainSum)
-        for name in ours:
-            ms = in_turn({"ours": ours[name], "plain": plain[name]}, 6)
+        jobs = {which: silicon_jobs(n, which) for which in SUMS}
+        for name in jobs["ours"]:
+            both = {which: jobs[which][name] for which in SUMS}
+            ms = in_turn(both, 6, now=time.process_time)
             print(f"{8 * n**3} atoms  {name} {ms['ours']:.1f} ms, plain {ms['plain']:.1f} ms: "
                   f"{ms['ours'] / ms['plain']:.2f} of it")
 
