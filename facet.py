@@ -90,14 +90,19 @@ class Config:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name in ("species", "reference_energies", "core"):
-                if isinstance(value, str):
-                    raise ValueError(f'{field.name} must be a tuple of items, not "{value}"')
-                plain = tuple(np.asarray(value).tolist())
+                if np.ndim(value) != 1:  # a text has none
+                    raise ValueError(f"{field.name} must be a tuple of items, not {value!r}")
+                kind = str if field.name == "species" else float
+                plain = tuple(np.asarray(value, kind).tolist())
             else:
-                plain = type(field.default)(value)
-                if plain != value:  # nan is not equal to itself
-                    raise ValueError(f"{field.name} must be of type {type(plain).__name__}, "
-                                     f"not {value}")
+                kind = type(field.default)
+                try:
+                    plain = kind(value)
+                    fits = plain == value  # nan is not equal to itself
+                except (TypeError, ValueError, OverflowError):
+                    fits = False
+                if not fits:
+                    raise ValueError(f"{field.name} must be of type {kind.__name__}, not {value!r}")
             object.__setattr__(self, field.name, plain)
 
         numbers = (self.cutoff, self.mean_neighbours, self.energy_scale,
@@ -531,9 +536,9 @@ def chunks(index: Tensor, X: int) -> list[slice]:
 class NeighbourSum(torch.autograd.Function):
     """D[n, m, x] = Σ_k edge[n, m, k] h[index[n, k], x]: the neighbours' features, weighted.
 
-    That is `torch.bmm(edge, h[index])`, in about two thirds of its memory and nine tenths of its
-    time (the default model with 64 atoms; benchmarks/density.py). There are N·B rows n: group b of
-    an atom sees group b of its neighbours.
+    That is `torch.bmm(edge, h[index])`, and so it could be written; this takes 0.6 to 0.8 of its
+    memory and 0.7 to 0.85 of its time (64 to 512 atoms; benchmarks/density.py --sums). There are
+    N·B rows n: group b of an atom sees group b of its neighbours.
 
     The number Σ edge·h[index]·D is linear in each of edge, h and D, and its derivative with respect
     to one of them is a product of the other two. So this function and the next two are each other's
@@ -973,23 +978,48 @@ def save(model: Facet, path: str | Path, **more) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def check_names(path: str | Path, kind: str, found, wanted) -> None:
+    """Raise ValueError for the first name that a checkpoint lacks, or has too many."""
+    for name in wanted:
+        if name not in found:
+            raise ValueError(f"{path}: has no {kind} {name}")
+    for name in found:
+        if name not in wanted:
+            raise ValueError(f"{path}: has a {kind} {name} that this version does not know")
+
+
 @torch.inference_mode(False)  # weights made in that mode could never be differentiated
 def load(path: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> Facet:
     """The model that `save` wrote, ready for use (`.eval()`).
 
-    Raises FileNotFoundError, or ValueError for a file that is not a Facet checkpoint.
+    Raises FileNotFoundError, or ValueError for a file that is not a Facet checkpoint and for one of
+    another version, whose fields or tensors do not fit: it says which.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; train_small.py writes "
                                 "runs/<name>/model.pt")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        with torch.random.fork_rng(devices=[]):  # initial weights, drawn in vain, disturb nobody
-            model = Facet(Config(**content["config"]), dtype)
-        model.load_state_dict(content["state"])
+        config = dict(content["config"])
+        state = dict(content["state"])
     except Exception as error:
         raise ValueError(f"{path} is not a Facet checkpoint, or it is damaged "
                          f"({type(error).__name__})") from error
+
+    check_names(path, "field", config, [field.name for field in fields(Config)])
+    try:
+        with torch.random.fork_rng(devices=[]):  # initial weights, drawn in vain, disturb nobody
+            model = Facet(Config(**config), dtype)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+    own = model.state_dict()
+    check_names(path, "tensor", state, own)
+    for name, tensor in own.items():
+        if np.shape(state[name]) != tensor.shape:
+            raise ValueError(f"{path}: tensor {name} has shape {[*np.shape(state[name])]}, "
+                             f"not {[*tensor.shape]}")
+    model.load_state_dict(state)
     return model.to(device).eval()
 
 

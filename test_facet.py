@@ -23,9 +23,12 @@ import argparse
 import ast
 import copy
 import importlib
+import multiprocessing
 import os
+import pickle
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cache, partial
@@ -77,6 +80,9 @@ TOL = {  # largest allowed error, in units of the largest wanted value (of 1, if
     "float32": 1e-4,         # 7 digits; layers and sums over neighbours cost one or two of them
     "float32 slope": 2e-2,   # a step of 0.01 Å, so that seven digits of energy make a slope
     "float32 cutoff": 1e-2,  # what is left where seven digits begin to see the neighbour
+    "text file": 1e-6,       # files of text hold eight decimals
+    "meV": 1e-3,             # an energy difference in eV, however large the energies
+    "moment": 0.25,          # of features made from unit variance: sampling, and no factor of 2
     "bfloat16": 5e-3,        # Muon makes its steps rotations in bfloat16: twenty of them
     "control": 1e-2,         # what a control must at least differ by
 }
@@ -1369,6 +1375,12 @@ def test_padded_neighbours_add_nothing_and_get_no_gradient():
     same("energies and forces with empty places", empty_places(model, TRICLINIC), 0)
 
 
+NOT_FINITE = []  # 3 × 3 numbers, one of which is not finite
+for place in np.ndindex(3, 3):
+    NOT_FINITE.append(5 * np.eye(3))
+    NOT_FINITE[-1][place] = (np.nan, np.inf, -np.inf)[sum(place) % 3]
+
+
 @pytest.mark.parametrize("message, atoms", (
     ("element Xe is not among those the model knows: Si O Cu",
      Atoms("SiXe", [[0, 0, 0], [0, 0, 2]])),
@@ -1378,11 +1390,35 @@ def test_padded_neighbours_add_nothing_and_get_no_gradient():
     ("sit on one spot", Atoms("SiO", [[0, 0, 0], [0, 0, 1e-5]])),
     ("sit on one spot", Atoms("SiO", [[0, 0, 0], [4, 4, -8]], cell=[4, 4, 4], pbc=True)),
     ("cell vector is zero", Atoms("Si", cell=[3, 3, 0], pbc=True)),
-    ("there are no atoms", Atoms(cell=[3, 3, 3], pbc=True)),
+    ("there are no atoms", Atoms(cell=[3, 3, 3], pbc=True)), ("there are no atoms", Atoms()),
+    *[("NaN or infinite", Atoms("SiO", bad[:2])) for bad in NOT_FINITE[:6]],
+    *[("NaN or infinite", Atoms("Si", cell=bad, pbc=True)) for bad in NOT_FINITE],
+    *[("cell vector is zero", Atoms("Si", cell=5 * np.eye(3) * [[a], [b], [c]], pbc=True))
+      for a, b, c in ((0, 1, 1), (1, 0, 1), (1, 1, 0))],
+    *[("cell vector is zero", Atoms("Si", cell=5 * np.diag(1 - axis), pbc=axis))
+      for axis in np.eye(3)],
+    *[("no volume", Atoms("Si", cell=np.roll([[3, 1, 0], [3, 1, 1e-7], [0, 1, 3]], n, (0, 1)),
+                          pbc=True)) for n in range(3)],
+    ("no volume", Atoms("Si", cell=[[3, 1, 0], [6, 2, 0], [0, 0, 0]], pbc=(True, True, False))),
+    *[("sit on one spot", Atoms("SiO", [[0, 0, 0], 9e-4 * axis])) for axis in np.eye(3)],
+    *[("sit on one spot", Atoms("SiO", [[1, 1, 1], 1 + 4 * axis], cell=[4, 4, 4], pbc=axis))
+      for axis in np.eye(3)],
 ), ids=lambda value: value if isinstance(value, str) else str(value.symbols))
 def test_broken_crystal_is_refused(message, atoms):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         facet.find_neighbours(atoms, CONFIG)
+    assert "\n" not in str(error.value)
+
+
+def test_odd_but_sound_crystals_are_accepted():
+    """Control of the above: nearly as bad, yet they have an energy and finite forces."""
+    for atoms in (
+            Atoms("SiO", [[0, 0, 0], [0, 0, 1.2e-3]]),
+            Atoms("Si", cell=[[3, 0, 0], [3, 0.01, 0], [0, 0, 3]], pbc=(True, False, True)),
+            Atoms("Si", cell=[[3, 0, 0], [0, 0, 0], [0, 0, 3]], pbc=(True, False, True)),
+            Atoms("SiO", [[1, 1, 1], [1, 1, 5]], cell=[4, 4, 4], pbc=(True, True, False))):
+        forces = outputs(build(core=(0.0,) * 3), atoms)["forces"]
+        same("finite", np.isfinite(forces), np.ones_like(forces), "exact")
 
 
 # ─── Radial functions, harmonics, coupling, density, grid ────────────────────────────────────────
@@ -1658,17 +1694,43 @@ def test_broken_checkpoint_is_refused_in_one_sentence(tmp_path):
         facet.load(tmp_path / "model.pt")
     facet.save(build(), tmp_path / "model.pt")
     whole, state = (tmp_path / "model.pt").read_bytes(), build().state_dict()
-    other = {"config": asdict(replace(CONFIG, channels=12)), "state": state}
-    torch.save(other, tmp_path / "other shapes")
     torch.save({"state": state}, tmp_path / "no config")
     torch.save([1, 2], tmp_path / "list")
     (tmp_path / "empty").write_bytes(b"")
     (tmp_path / "truncated").write_bytes(whole[:len(whole) // 2])
     (tmp_path / "text").write_bytes(b"not a model\n")
-    for name in ("other shapes", "no config", "list", "empty", "truncated", "text"):
+    for name in ("no config", "list", "empty", "truncated", "text"):
         with pytest.raises(ValueError, match=f"{name} is not a Facet checkpoint") as error:
             facet.load(tmp_path / name)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("message, part, changes", (
+    ("has no tensor readout", "state", {"readout": None}),
+    ("has no tensor layers.1.mix.W.2", "state", {"layers.1.mix.W.2": None}),
+    ("has a tensor dipole that this version does not know", "state", {"dipole": torch.ones(6)}),
+    ("tensor embedding has shape [4, 6], not [3, 6]", "state", {"embedding": torch.ones(4, 6)}),
+    ("tensor readout has shape [], not [6]", "state", {"readout": torch.tensor(1.0)}),
+    ("tensor readout has shape [12], not [6]", "state", {"readout": torch.ones(12)}),
+    ("has no field cutoff", "config", {"cutoff": None}),
+    ("has a field speed that this version does not know", "config", {"speed": 3}),
+    ("has shape [12, 27], not [13, 27]", "config", {"splines": 13}),
+    ("activation must be", "config", {"activation": "relu"}),
+    ("channels must be of type int, not 'six'", "config", {"channels": "six"}),
+), ids=str)
+def test_checkpoint_of_another_version_says_what_does_not_fit(message, part, changes, tmp_path):
+    path = tmp_path / "model.pt"
+    facet.save(build(), path)
+    content = torch.load(path, weights_only=True)
+    for name, value in changes.items():
+        content[part][name] = value
+        if value is None:
+            del content[part][name]
+    torch.save(content, path)
+    with pytest.raises(ValueError) as error:
+        facet.load(path)
+    assert str(error.value).startswith(f"{path}: ") and message in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 VOIGT = ([0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1])  # of 3 × 3 elements, those of ASE's six
@@ -1699,9 +1761,52 @@ def test_calculator_gives_the_energy_forces_and_stress_of_the_model():
             atoms.calc.get_stress(PINNED[name])
 
 
-@pytest.mark.parametrize("mode", (
-    torch.inference_mode, torch.no_grad, torch.enable_grad,
-    partial(torch.autocast, "cpu", torch.bfloat16)), ids=str)
+@contextmanager
+def default_float64():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def deterministic():
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+MODES = (torch.inference_mode, torch.no_grad, torch.enable_grad, default_float64, deterministic,
+         partial(torch.autocast, "cpu", torch.bfloat16))
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("activation", ("product", "silu"))
+def test_model_is_built_alike_in_any_mode_of_torch(mode, activation):
+    """Whatever the dtype: parameters, constants, and what comes out in training."""
+    config = replace(CONFIG, activation=activation)
+    for dtype in (torch.float32, torch.float64):
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(5)
+            want = facet.Facet(config, dtype)
+            torch.default_generator.manual_seed(5)
+            with mode():
+                model = facet.Facet(config, dtype)
+        for a, b in zip([*model.parameters(), *model.buffers()],
+                        [*want.parameters(), *want.buffers()], strict=True):
+            assert a.dtype == b.dtype
+            same("weights", a, b, "exact")
+        with mode():
+            batch = batch_of(want, TRICLINIC)
+        assert batch.vectors.dtype == dtype and batch.volume.dtype == torch.float64
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
 def test_calculator_gives_the_same_forces_in_any_mode_of_torch(mode, tmp_path):
     """And it draws no random numbers, nor does load; it refuses words that it does not know."""
     want = facet.FacetCalculator(build(), "cpu").get_forces(TRICLINIC)
@@ -1716,6 +1821,147 @@ def test_calculator_gives_the_same_forces_in_any_mode_of_torch(mode, tmp_path):
     same("state of the random numbers", torch.get_rng_state(), before, "exact")
     with pytest.raises(TypeError, match="dtyp"):
         facet.FacetCalculator(build(), dtyp=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_results_are_float64_whatever_the_dtype(dtype):
+    calculator = facet.FacetCalculator(build(), "cpu", dtype)
+    calculator.calculate(TRICLINIC)
+    results, = facet.evaluate(build(dtype), [facet.find_neighbours(TRICLINIC, CONFIG)])
+    assert calculator.model.readout.dtype == dtype
+    for found in (calculator.results, results):
+        assert found.keys() == {"energy", "free_energy", "energies", "forces", "stress"}
+        for name, values in found.items():
+            assert np.asarray(values).dtype == np.float64, name
+
+
+def test_calculator_and_model_survive_pickle_and_deepcopy():
+    """What comes back is the same, and apart from the original."""
+    calculator = facet.FacetCalculator(build(), "cpu", torch.float64)
+    want = calculator.get_forces(TRICLINIC)
+    for again in (copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))):
+        other, model = again(calculator), again(build())
+        assert model.config == CONFIG and other.model.config == CONFIG
+        same("forces of the model", outputs(model, TRICLINIC)["forces"], want, "exact")
+        other.reset()
+        same("forces", other.get_forces(TRICLINIC), want, "exact")
+        with torch.no_grad():
+            other.model.readout.zero_()
+            model.readout.zero_()
+        other.reset()
+        differ("forces of a changed copy", other.get_forces(TRICLINIC), want)
+    calculator.reset()
+    same("forces afterwards", calculator.get_forces(TRICLINIC), want, "exact")
+    same("forces of the model", outputs(build(), TRICLINIC)["forces"], want, "exact")
+
+
+def test_threads_do_not_disturb_each_other():
+    """One model, and one calculator for each thread."""
+    several = [TRICLINIC, SMALL, PINNED["skewed"], PINNED["molecule"]] * 6
+    want = [outputs(build(), atoms)["forces"] for atoms in several]
+
+    def by_model(atoms):
+        result, = facet.evaluate(build(), [facet.find_neighbours(atoms, CONFIG)])
+        return result["forces"]
+
+    def by_calculator(atoms):
+        return facet.FacetCalculator(build(), "cpu", torch.float64).get_forces(atoms)
+    build()
+    with ThreadPoolExecutor(2) as threads:
+        for function in (by_model, by_calculator):
+            for wanted, found in zip(want, threads.map(function, several), strict=True):
+                same("forces", found, wanted, "exact")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no fork on Windows")
+@pytest.mark.parametrize("method", ("fork", "spawn"))
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_calculator_works_in_another_process(method):
+    """Sent there, after it was used here."""
+    calculator = facet.FacetCalculator(build(), "cpu", torch.float64)
+    want = calculator.get_forces(TRICLINIC)
+    context = multiprocessing.get_context(method)
+    with ProcessPoolExecutor(1, mp_context=context) as processes:
+        found = processes.submit(calculator.get_forces, rotated(TRICLINIC, GENERIC)).result(60)
+    same("forces", found @ GENERIC, want)
+
+
+@pytest.mark.parametrize("name", ("a.extxyz", "a.traj", "a.json", "a.db"))
+def test_results_are_the_same_after_writing_and_reading(name, tmp_path):
+    """A crystal and a molecule, for which there is no stress."""
+    for n, atoms in enumerate((TRICLINIC, PINNED["molecule"])):
+        atoms = atoms.copy()
+        atoms.calc = facet.FacetCalculator(build(), "cpu")
+        atoms.get_forces()
+        want = {**atoms.calc.results}
+
+        ase.io.write(tmp_path / f"{n}{name}", atoms)
+        read = ase.io.read(tmp_path / f"{n}{name}")
+        assert str(read.symbols) == str(atoms.symbols) and (read.pbc == atoms.pbc).all()
+        same("energy", read.get_potential_energy(), want["energy"], "text file")
+        same("forces", read.get_forces(), want["forces"], "text file")
+        if n == 0:
+            same("stress", read.get_stress(), want["stress"], "text file")
+        else:
+            assert "stress" not in read.calc.results
+
+
+@pytest.mark.parametrize("message, change", (
+    ("there are no atoms", lambda atoms: atoms.__delitem__(slice(None))),
+    ("a position or a cell vector is NaN", lambda atoms: atoms.positions.__setitem__(2, np.nan)),
+    ("element Xe is not among", lambda atoms: atoms.symbols.__setitem__(1, "Xe")),
+))
+def test_calculator_refuses_a_broken_crystal_every_time(message, change):
+    """In one sentence, also when asked again: no result of before is left."""
+    atoms = TRICLINIC.copy()
+    atoms.calc = facet.FacetCalculator(build(), "cpu")
+    atoms.get_forces()
+    change(atoms)
+    for ask in (atoms.get_potential_energy, atoms.get_forces, atoms.get_forces):
+        with pytest.raises(ValueError, match=message) as error:
+            ask()
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change", (
+    lambda atoms: atoms.symbols.__setitem__(0, "Cu"), lambda atoms: atoms.set_pbc(False),
+    lambda atoms: atoms.positions.__setitem__((0, 2), 0.3),
+    lambda atoms: atoms.cell.__setitem__((1, 1), 4.2),
+), ids=("species", "pbc", "positions", "cell"))
+def test_calculator_notices_what_is_changed_in_place(change):
+    atoms = TRICLINIC.copy()
+    atoms.calc = facet.FacetCalculator(build(), "cpu", torch.float64)
+    before = atoms.get_forces()
+    change(atoms)
+    differ("forces", atoms.get_forces(), before)
+    same("forces", atoms.get_forces(), outputs(build(), atoms)["forces"], "exact")
+
+
+def test_calculator_calculates_when_and_what_ase_expects():
+    """Everything at once, once, and only if it is allowed; results are handed out as copies."""
+    atoms = TRICLINIC.copy()
+    calculator = facet.FacetCalculator(build(), "cpu", torch.float64)
+    assert calculator.calculation_required(atoms, ["energy"])
+    assert calculator.get_property("energy", atoms, allow_calculation=False) is None
+    with mock.patch.object(facet, "evaluate", wraps=facet.evaluate) as evaluated:
+        found = {name: calculator.get_property(name, atoms)
+                 for name in calculator.implemented_properties}
+        assert len(evaluated.mock_calls) == 1
+        for name, wanted in outputs(build(), atoms).items():
+            if name in ("energies", "forces"):
+                same(name, found[name], wanted, "exact")
+        assert not calculator.calculation_required(atoms, ["energy", "forces", "stress"])
+        found["forces"][:] = 0
+        differ("forces after their copy was changed", calculator.get_forces(atoms), found["forces"])
+        assert len(evaluated.mock_calls) == 1
+        atoms.positions[0] += 0.1
+        assert calculator.calculation_required(atoms, ["energy"])
+        assert calculator.get_property("forces", atoms, allow_calculation=False) is None
+        calculator.get_property("stress", atoms)
+        assert len(evaluated.mock_calls) == 2
+    for name in ("magmom", "charges", "dipole"):
+        with pytest.raises(PropertyNotImplementedError):
+            calculator.get_property(name, atoms)
 
 
 @pytest.mark.parametrize("batch_atoms", (1, 12, 1000))
@@ -1802,7 +2048,8 @@ def test_outputs_have_their_shapes_and_dtypes(dtype):
     assert not batch.vectors.requires_grad, "the batch was changed"
     assert {name: tuple(tensor.shape) for name, tensor in out.items()} == shapes
     assert out["energy"].dtype == out["energies"].dtype == torch.float64
-    assert out["forces"].dtype == out["stress"].dtype == dtype
+    assert out["forces"].dtype == out["stress"].dtype == out["virial"].dtype == dtype
+    assert {tensor.device for tensor in out.values()} == {model.readout.device}
     assert not any(tensor.requires_grad for tensor in out.values())
     out = model(batch_of(model, TRICLINIC, SMALL), differentiable=True)
     assert all(tensor.requires_grad for tensor in out.values())
@@ -1826,10 +2073,30 @@ def test_outputs_have_their_shapes_and_dtypes(dtype):
     ("must be of type float", {"cutoff": np.nan}), ("must be finite", {"cutoff": np.inf}),
     ("must be finite", {"energy_scale": np.inf}), ("must be finite", {"core": (1.0, np.nan, 1.0)}),
     ("must be finite", {"reference_energies": (1.0, np.nan, 1.0)}),
+    ("must be finite", {"mean_neighbours": np.inf}), ("must be finite", {"cutoff": -np.inf}),
+    ("must be finite", {"core": (None, 1.0, 1.0)}),
+    ("could not convert string to float", {"reference_energies": ("a", "b", "c")}),
+    ("first_knot", {"first_knot": np.inf}), ("first_knot", {"cutoff": 0.0}),
+    ("mean_neighbours", {"mean_neighbours": -3.0}), ("multiple of groups", {"channels": -6}),
+    ("at least", {"layers": -2}), ("one number per species", {"core": (1.0,) * 4}),
+    ("core must be a tuple of items, not 1.0", {"core": 1.0}),
+    ("reference_energies must be a tuple of items, not '12'", {"reference_energies": "12"}),
+    ("species must be a tuple of items", {"species": (("Si", "O"), ("Cu", "H"))}),
+    ("species must be a tuple of items", {"species": None}),
+    ("chemical symbols", {"species": (14, 8, 29)}), ("chemical symbols", {"species": ("X", "")}),
+    ("channels must be of type int, not inf", {"channels": np.inf}),
+    ("layers must be of type int, not nan", {"layers": np.nan}),
+    ("groups must be of type int, not '3'", {"groups": "3"}),
+    ("degree must be of type int, not None", {"degree": None}),
+    ("cutoff must be of type float, not", {"cutoff": (5.0, 6.0)}),
+    ("energy_scale must be of type float, not nan", {"energy_scale": np.nan}),
+    ("activation must be of type str, not 3", {"activation": 3}),
+    *[("half the cutoff", {"core": tuple(np.roll((1.8, 1.0, 1.0), n))}) for n in range(3)],
+    *[("half the cutoff", {"core": tuple(np.roll((-0.1, 1.0, 1.0), n))}) for n in range(3)],
 ), ids=str)
 def test_config_refuses_what_cannot_be_built(message, change):
     with pytest.raises(ValueError, match=message) as error:
-        build(**change)
+        facet.Facet(replace(CONFIG, **change))
     assert "\n" not in str(error.value)
 
 
