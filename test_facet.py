@@ -47,7 +47,7 @@ import torch
 from ase import Atoms, units
 from ase.calculators.calculator import PropertyNotImplementedError
 from ase.calculators.emt import EMT
-from ase.data import atomic_numbers, covalent_radii
+from ase.data import atomic_numbers, chemical_symbols, covalent_radii
 from ase.md.verlet import VelocityVerlet
 from ase.neighborlist import neighbor_list
 from hypothesis import HealthCheck, assume, example, given, settings
@@ -82,6 +82,7 @@ TOL = {  # largest allowed error, in units of the largest wanted value (of 1, if
     "float32 cutoff": 1e-2,  # what is left where seven digits begin to see the neighbour
     "text file": 1e-6,       # files of text hold eight decimals
     "meV": 1e-3,             # an energy difference in eV, however large the energies
+    "spline fit": 0.02,      # what 24 splines leave of a sine-Bessel function
     "moment": 0.25,          # of features made from unit variance: sampling, and no factor of 2
     "bfloat16": 5e-3,        # Muon makes its steps rotations in bfloat16: twenty of them
     "control": 1e-2,         # what a control must at least differ by
@@ -1251,6 +1252,25 @@ def test_large_reference_energies_stay_exact_in_float32():
     differ("the rest", energy, [0.0])
 
 
+def test_energy_differences_of_a_large_crystal_are_right_in_float32():
+    """1,000 atoms of −2,000 eV: one is moved, one is strained away, one is replaced."""
+    several = [SMALL * (5, 10, 10) for _ in range(4)]
+    several[1].positions[7] += 0.3
+    several[2].set_cell(several[2].cell.array * [[1], [1], [1.001]], scale_atoms=True)
+    several[3].symbols[500] = "Cu"
+    energies = []
+    for dtype in (torch.float64, torch.float32):
+        model = build(dtype, reference_energies=(-2000.0, -2010.0, -1990.0), layers=2)
+        energies.append(np.concatenate([outputs(model, atoms)["energy"] for atoms in several]))
+    want, found = (energy[1:] - energy[0] for energy in energies)
+    differ("energy differences", want, 0 * want)
+    for n in range(3):
+        error = float(abs(found[n] - want[n]))
+        same(f"energy difference {n}, eV", min(error, 1.0), 0, "meV")
+    rounded = (energies[0].astype(np.float32)[1:] - energies[0].astype(np.float32)[0])
+    assert np.abs(rounded - want).max() > TOL["meV"], "a sum in float32 would do as well"
+
+
 def test_only_species_that_are_present_matter():
     """A crystal has the same energy whether other species are in the batch or in the table."""
     assert batch_of(build(), SMALL).present.tolist() == [0, 1]
@@ -1298,6 +1318,67 @@ def test_sums_over_neighbours_are_each_others_derivatives():
     same("rows in all chunks", rows, np.arange(1000), "exact")
     assert facet.chunks(torch.zeros(3, 50, dtype=int), 10 ** 6) == [slice(n, n + 1) for n in
                                                                     range(3)]
+
+
+def backwards(model, batch) -> dict[str, torch.Tensor]:
+    """All outputs, and the gradients for all weights of a sum of their squares."""
+    out = model(batch, differentiable=True)
+    total = sum(out[name].square().sum() for name in ("energies", "forces", "virial"))
+    names = [name for name, _ in model.named_parameters()]
+    return {**out, **dict(zip(names, torch.autograd.grad(total, [*model.parameters()])))}
+
+
+@pytest.mark.parametrize("sizes", (
+    {"cutoff": 3.4, "channels": 96, "groups": 1}, {"cutoff": 7.2, "channels": 240, "groups": 1},
+), ids=("a few rows to a chunk", "one row to a chunk"))
+def test_wide_layers_in_chunks_equal_those_in_one_piece(sizes):
+    """Energies, forces, virials, gradients for weights; on a CPU a chunk has 2¹⁷ numbers."""
+    model = build(layers=2, **sizes)
+    batch = batch_of(model, SMALL * (1, 2, 3) if sizes["cutoff"] < 5 else SMALL, TRICLINIC)
+    with mock.patch.object(facet, "chunks", wraps=facet.chunks) as cut:
+        found = backwards(model, batch)
+    pieces = []
+    for call in cut.mock_calls:
+        pieces.append(len(facet.chunks(*call.args)))
+    rows = len(batch.species)
+    wanted = rows if sizes["cutoff"] > 5 else 2
+    assert max(pieces) >= wanted and min(pieces) >= 1, f"{pieces} pieces of {rows} rows"
+    with mock.patch.object(facet, "chunks", lambda index, X: [slice(0, len(index))]):
+        want = backwards(model, batch)
+    for name in want:
+        same(name, found[name], want[name])
+        if name != "stress":
+            differ(name, want[name], 0 * want[name])
+
+
+@pytest.mark.parametrize("times", ((1, 1, 2), (2, 2, 2), (3, 4, 5), (5, 10, 10)), ids=str)
+@pytest.mark.parametrize("activation", ("product", "silu"))
+def test_supercell_of_up_to_500_atoms_has_the_energy_of_its_copies(times, activation):
+    single = PINNED["one atom and its images"]
+    calculator = tiny_calculator(activation=activation, layers=2)
+    holds(supercell, single, calculator=calculator, times=times)
+    differ("stress", value(calculator, single, "stress"), np.zeros((3, 3)))
+
+
+@pytest.mark.parametrize("count", (1, 3, 89))
+def test_any_number_of_species_is_told_apart(count):
+    """Each has its own embedding, skip, core and reference energy, also in the reference."""
+    species = tuple(chemical_symbols[1:count + 1])
+    model = build(species=species, reference_energies=tuple(np.arange(count) - 3.5), layers=2)
+    crystal = random_crystal(species[-8:])
+    for stage, error in ladder(model, crystal).items():
+        same(stage, error, 0)
+    lonely = [Atoms(symbol, [[0, 0, 0]]) for symbol in species]
+    same("lonely atoms", outputs(model, *lonely)["energy"], np.arange(count) - 3.5, "formula")
+
+    # The same two atoms of every kind: no two kinds have the same energy
+    pairs = [Atoms([symbol, species[0]], [[0, 0, 0], [0.3, 0.4, 2.3]]) for symbol in species]
+    energy = outputs(build(species=species, reference_energies=(), layers=2), *pairs)["energy"]
+    apart = np.diff(np.sort(energy))
+    assert (apart > TOL["rounding"]).all(), "two species are one"
+    out = outputs(model, *pairs)
+    one = outputs(model, pairs[-1])
+    same("the last pair, alone", out["forces"][-2:], one["forces"])
 
 
 def test_energy_is_conserved_in_molecular_dynamics():
@@ -1436,18 +1517,36 @@ def test_splines_equal_those_of_scipy():
         differ("splines", want, 0 * want)
 
 
-def test_splines_start_as_smooth_waves():
-    """√5/2 (1 − x²) sin(nπx)/x, one n for each group, of mean square about 1 in the ball."""
-    config = replace(CONFIG, splines=24)
-    splines = facet.RadialSplines(18, config)  # 2 layers, 3 groups, 3 degrees
-    r = torch.linspace(0.2, CUTOFF, 400, dtype=torch.float64)
+@pytest.mark.parametrize("first_knot", (0.0, 0.8, 1.5))
+@pytest.mark.parametrize("degree", (0, 2))
+def test_splines_start_as_smooth_waves(first_knot, degree):
+    """√5/2 (1 − x²) sin(nπx)/x, one n for each group, the same for all layers and degrees, of mean
+    square about 1 in the ball; below the first knot they run out within three spacings."""
+    config = replace(CONFIG, splines=24, first_knot=first_knot, degree=degree)
+    columns = 2 * 3 * (degree + 1)  # layers, groups, degrees
+    splines = facet.RadialSplines(columns, config)
+    r = torch.linspace(max(0.01, first_knot), CUTOFF, 400, dtype=torch.float64)
     x = r[:, None] / CUTOFF
-    for column in range(18):
-        n = column // 3 % 3 + 1
+    inside = slice(0 if first_knot else 20, None)  # the tip of the ball hardly counts in the fit
+    for column in range(columns):
+        n = column // (degree + 1) % 3 + 1
         wave = 5 ** 0.5 / 2 * (1 - x ** 2) * torch.sin(n * torch.pi * x) / x
-        assert (splines(r)[:, column] - wave[:, 0]).abs().max() < 0.02, "more than the fit leaves"
-        mean = float((3 * x ** 2 * wave.square()).mean())  # weights of shells in the ball
-        assert 0.7 < mean < 1.3, f"mean square {mean}"
+        found = splines(r)[:, column]
+        same(f"wave {n} of column {column}", found[inside], wave[inside, 0], "spline fit")
+        if first_knot == 0:
+            mean = float((3 * x ** 2 * wave.square()).mean())  # weights of shells in the ball
+            same("mean square", mean, 1.0, "moment")
+
+    # Below: the same coefficients, where the bumps of knots that do not exist are missing
+    h = (CUTOFF - first_knot) / 24
+    c = np.pad(splines.coefficients.detach().numpy(), ((3, 3), (0, 0)))
+    below = np.linspace(max(0, first_knot - 4 * h), first_knot, 50)
+    below = below[below > first_knot - 3 * h]
+    want = BSpline(first_knot + h * np.arange(-6, 28), c, 3)(below)
+    same("below the first knot", splines(torch.from_numpy(below)), want, "formula")
+    gone = splines(torch.linspace(0, 1, 50).double() * (first_knot - 3.001 * h))
+    if first_knot:
+        same("further below", gone, 0 * gone, "exact")
 
 
 def test_fit_finds_the_best_splines_and_reports_the_error():
@@ -1502,6 +1601,37 @@ def test_core_repels_ever_more_and_ends_smoothly():
     differ("energy with the core", wide["energy"], none["energy"])
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("cutoff", (1.5, 2.0, 2.7, 3.3, 4.1, 5.0, 6.0))
+def test_core_of_every_element_ends_within_the_cutoff(cutoff, dtype):
+    """H to Lr, each beside each: exactly nothing from the cutoff on; control: something within."""
+    config = facet.Config(species=tuple(chemical_symbols[1:104]), cutoff=cutoff)
+    core = facet.Repulsion(config)
+    assert float(core.core.max()) <= cutoff / 2 and float(core.core.min()) > 0
+    core.to(dtype)
+    species = torch.arange(103)
+    src = species.expand(103, 103)
+    for factor in (1.0, 1.0 + 1e-6, 1.5):
+        r = torch.full((103, 103), factor * cutoff, dtype=dtype)
+        same("energy beyond", core(r, species, src), torch.zeros(103), "exact")
+    within = 0.5 * (core.core[:, None] + core.core)
+    assert (core(within, species, src) > 0).all()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_no_core_is_no_repulsion(dtype):
+    """core = 0: finite, and only what the network says; one of two may have a core."""
+    close = Atoms("SiO", [[0, 0, 0], [0, 0.02, 0.01]])
+    for core in ((0.0,) * 3, (0.0, 1.0, 0.0)):
+        out = outputs(build(dtype, core=core), close)
+        for name in ("energies", "forces"):
+            same(name, np.isfinite(out[name]), np.ones_like(out[name]), "exact")
+        part = facet.Repulsion(replace(CONFIG, core=core)).to(dtype)
+        r = torch.tensor([[0.02], [0.02]], dtype=dtype)
+        energy = part(r, torch.tensor([0, 1]), torch.tensor([[1], [0]]))
+        assert bool((energy == 0).all()) == (sum(core) == 0)
+
+
 def test_harmonics_equal_those_of_scipy(L=6):
     """The poles included. Orthonormality by Gauss-Legendre in z and equidistant angles."""
     z, weights = np.polynomial.legendre.leggauss(L + 1)
@@ -1527,6 +1657,12 @@ def test_harmonics_equal_those_of_scipy(L=6):
 def test_lebedev_rule_is_exact_up_to_its_degree():
     points, weights = facet.lebedev(0)
     assert points.shape == (1, 3) and weights.tolist() == [1.0], "one point for a constant"
+    with pytest.raises(ValueError, match="no Lebedev rule has degree 132"):
+        facet.lebedev(132)
+    sizes = {1: 6, 2: 6, 3: 6, 4: 14, 6: 26, 7: 26, 9: 38, 12: 74, 15: 86, 22: 194, 31: 350,
+             32: 434, 35: 434, 125: 5294, 131: 5810}
+    for degree, P in sizes.items():
+        assert len(facet.lebedev(degree)[0]) == P, f"not the smallest rule of degree {degree}"
     for degree in (3, 7, 9, 15):
         points, weights = facet.lebedev(degree)
         mean, M = weights @ facet.harmonics(points, degree + 1), (degree + 1) ** 2
@@ -1598,7 +1734,7 @@ def test_silu_grid_gains_from_a_finer_grid_under_rotation():
     for coarse, fine in zip(errors, errors[1:], strict=False):
         assert fine < coarse / 2, f"errors should fall with the degree: {errors}"
     same("error on the default grid", grid_error(2, activation="silu"), errors[1], "formula")
-    for L in (1, 3):
+    for L in (1, 2, 3, 4):
         default, points = build(degree=L, activation="silu").layers[0].grid, int(7.5 * L)
         assert len(default.to_grid) == len(facet.lebedev(points)[0])
 
@@ -1615,6 +1751,86 @@ def test_scalar_layer_needs_one_grid_point():
         same(activation, last(x), finer(x), "formula")
 
 
+def start_moments(fan_in=None) -> dict[str, np.ndarray]:
+    """Second moments, per degree, of what every stage of a fresh model makes of unit variance;
+    fan_in, if given, replaces that of every weight."""
+    g = torch.Generator().manual_seed(3)
+    right = facet.randn
+
+    def draw(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=g)
+
+    def randn(*shape, **given):
+        return right(*shape, fan_in=fan_in) if fan_in else right(*shape, **given)
+
+    def moment(x):
+        l = range(isqrt(x.shape[1]))
+        return np.array([float(x[:, facet.rows_of(n)].square().mean()) for n in l])
+    found = {}
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.default_generator.manual_seed(3)
+        with mock.patch.object(facet, "randn", randn):
+            model = facet.Facet(replace(CONFIG, channels=64, groups=4, splines=24,
+                                        species=tuple(chemical_symbols[1:31]),
+                                        reference_energies=(), mean_neighbours=40.0), torch.float64)
+        N, K, C, M = 300, 40, 64, 9
+        found["embedding"] = moment(model.embedding[:, None])
+        x = draw(N, M, C)
+        found["readout"] = moment((x[:, :1] @ model.readout)[..., None])
+        species = torch.randint(30, (N,), generator=g)
+        for t, layer in enumerate(model.layers):
+            out, seen = isqrt(layer.skip.shared + layer.skip.missing), isqrt(layer.skip.shared)
+            skip = layer.skip(draw(N, (1, M, M)[t], C), species)[:, :seen ** 2]
+            found[f"layer {t} skip"] = moment(skip)
+            A = [draw(N * (2 * l + 1), Q * C) for l, Q in enumerate(layer.density.counts)]
+            found[f"layer {t} mix"] = moment(layer.mix(A, N))
+
+            # Neighbours everywhere in the ball, as many as the mean: a density of unit variance
+            r = draw(N, K, 3)
+            unit = r / r.norm(dim=-1, keepdim=True)
+            distance = CUTOFF * torch.rand(N, K, dtype=torch.float64, generator=g) ** (1 / 3)
+            phi = model.splines(distance).view(N, K, 3, 4, 3)[:, :, t].permute(0, 2, 3, 1)
+            index = torch.randint(N, (N, 1, K), generator=g) * 4 + torch.arange(4)[:, None]
+            A = layer.density(draw(N, (1, M, M)[t], C), index.flatten(0, 1), phi,
+                              facet.harmonics(unit, 2).mT)
+            found[f"layer {t} density"] = np.array([float(a.square().mean()) for a in A])
+
+            # The grid: what goes there, the product that comes back, the scalars that go on
+            y, grid = x[:, :out ** 2], layer.grid
+            u, v = grid.W12(y).chunk(2, -1)
+            found[f"layer {t} W1"], found[f"layer {t} W2"] = moment(u), moment(v)
+            found[f"layer {t} W3"] = moment(grid.W3(y))
+            found[f"layer {t} Ws"] = moment((y[:, 0] @ grid.Ws)[:, None])
+            product_ = grid.from_grid(grid.on_grid(y) * grid.on_grid(draw(*y.shape)))
+            found[f"layer {t} product"] = moment(product_)
+    return found
+
+
+def test_every_stage_keeps_unit_variance_at_the_start():
+    """Per degree; control: with a fan-in that is twice too large nothing does."""
+    for stage, moment in start_moments().items():
+        same(f"moments of {stage}, by degree", moment, np.ones_like(moment), "moment")
+    for stage, moment in start_moments(fan_in=150).items():
+        if "density" not in stage and "product" not in stage:
+            error, _ = largest(moment, np.ones_like(moment))
+            assert error > TOL["moment"], f"{stage} does not notice"
+
+
+@pytest.mark.parametrize("activation", ("product", "silu"))
+def test_features_of_a_fresh_model_neither_die_nor_explode(activation):
+    """What `python test_facet.py` prints; degrees that skip past a layer are not there yet."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        config = facet.Config(("C", "Si"), mean_neighbours=28.0, activation=activation)
+        model = facet.Facet(config, torch.float64)
+    found = features(model, random_alloy(8))
+    for t, part in product(range(3), ("mix", "grid")):
+        x = found[t, part]
+        for l in range(isqrt(x.shape[1])):
+            moment = np.square(x[:, facet.rows_of(l)]).mean()
+            assert 0.03 < moment < 5, f"layer {t} {part}, degree {l}: second moment {moment:.3f}"
+
+
 # ─── The reference ladder ────────────────────────────────────────────────────────────────────────
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "silu, fine"])
@@ -1624,6 +1840,20 @@ def test_ladder_to_the_reference_holds(name):
     for stage, error in ladder(build(**MODELS[name]), SMALL, derivatives).items():
         print(f"    {stage:16} {error:.1e}")
         same(stage, error, 0, "slope" if stage in ("forces", "stress") else "rounding")
+
+
+@pytest.mark.parametrize("activation", ("product", "silu"))
+@pytest.mark.parametrize("L", (0, 1, 2, 3, 4))
+def test_ladder_and_slopes_hold_for_every_degree_and_activation(L, activation):
+    sizes = {"degree": L, "activation": activation, "channels": 4, "groups": 2, "first_knot": 0.6}
+    for stage, error in ladder(build(**sizes), SMALL).items():
+        same(stage, error, 0)
+    calculator = tiny_calculator(**sizes)
+    for slope_of in (force_slope, stress_slope):
+        holds(slope_of, TRICLINIC, "slope", calculator)
+    tol = "rounding" if activation == "product" or L == 0 else "silu"
+    for R in (GENERIC, IMPROPER):
+        holds(rotation, TRICLINIC, tol, calculator, R=R)
 
 
 @settings(max_examples=max(2, settings().max_examples // 4))
