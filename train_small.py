@@ -32,6 +32,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from itertools import chain, count, islice
+from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,14 +114,20 @@ class Settings:
             value = getattr(self, f.name)
             least = f.metadata["least"]
             above = f.metadata["above"]
+            if type(f.default) in (int, float) and not isinstance(value, Real):
+                raise ValueError(f"--{f.name} {value!r}: must be a number")
             if least is not None and not least <= value < math.inf:
                 raise ValueError(f"--{f.name} {value}: must be a number from {least} on")
             if above is not None and not above < value < math.inf:
                 raise ValueError(f"--{f.name} {value}: must be a number above {above}")
+            if type(f.default) is int and value != int(value):
+                raise ValueError(f"--{f.name} {value}: must be a whole number")
         if self.ema >= 1:
             raise ValueError(f"--ema {self.ema}: must be below 1")
         if self.seed >= 2 ** 63:
             raise ValueError(f"--seed {self.seed}: must be below 2⁶³")
+        if self.channels % self.groups:
+            raise ValueError(f"--groups {self.groups}: must divide --channels {self.channels}")
         if self.activation not in ("product", "silu"):
             raise ValueError(f"--activation {self.activation}: must be product or silu")
 
@@ -231,6 +238,12 @@ def statistics(frames: Frames, s: Settings) -> facet.Config:
     except (KeyError, ValueError):
         raise BadInput(f"--E0 {s.E0} --species {s.species}: must look like --E0 Si=-0.79,O=-1.56 "
                        "--species Si,O") from None
+    for flag, value, doubled in (("E0", s.E0, len(given) < len(pairs)),
+                                 ("species", s.species, len(set(symbols)) < len(symbols))):
+        if doubled:
+            raise BadInput(f"--{flag} {value}: names an element twice")
+    if not np.isfinite(list(given.values())).all():
+        raise BadInput(f"--E0 {s.E0}: energies must be finite numbers")
 
     some = list(sample(frames))
     forces = [atoms.calc.results["forces"] for atoms in some if "forces" in atoms.calc.results]
@@ -243,6 +256,9 @@ def statistics(frames: Frames, s: Settings) -> facet.Config:
     unseen = [symbol for z, symbol in zip(numbers, config.species) if z not in found]
     if unseen and s.species != "all":
         print_to_stderr(f"note: no frame holds {', '.join(unseen)}: nothing is learned of them")
+    beside = [chemical_symbols[z] for z in given if z not in numbers]
+    if beside:
+        print_to_stderr(f"note: --E0 names {', '.join(beside)}, which the model does not know")
 
     # Neighbours: how many there are, and how close they come
     graphs = [neighbours(atoms, config) for atoms in some]
@@ -592,9 +608,8 @@ def train(model: facet.Facet, frames: Frames, valid: Frames, s: Settings, folder
             labelled = team.sum(target["count"].clone())  # [3]
             out = engine(batch, differentiable=True)
             parts = losses(out, target, labelled, model.config.energy_scale, s.huber)  # [3]
-            growing = s.energy_weight * 0.05 ** (1 - progress)
-            weights = parts.new_tensor([growing, 1, s.stress_weight])  # [3]
-            loss = (weights * parts).sum()
+            weights = s.energy_weight * 0.05 ** (1 - progress), 1.0, s.stress_weight
+            loss = sum(weight * part for weight, part in zip(weights, parts))
 
             # Backward; DistributedDataParallel takes the mean over processes, and we want the sum
             model.zero_grad()
@@ -622,7 +637,7 @@ def train(model: facet.Facet, frames: Frames, valid: Frames, s: Settings, folder
 
             # Log twenty times; save then, and every few minutes, and before a stop
             before, progress = progress, done(seconds)
-            total = sum(w * p for w, p in zip(weights.tolist(), parts))
+            total = sum(weight * part for weight, part in zip(weights, parts))
             if step == first + 5:
                 origin = seconds, progress  # the first steps are slow
             left = (seconds - origin[0]) * (1 - progress) / max(progress - origin[1], 1e-9)

@@ -14,8 +14,8 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
-from itertools import combinations_with_replacement, islice
+from dataclasses import fields, replace
+from itertools import combinations_with_replacement, count, islice
 from pathlib import Path
 from unittest import mock
 
@@ -29,6 +29,7 @@ from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.data import covalent_radii
 from ase.neighborlist import neighbor_list
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import facet
 import train_small
@@ -40,6 +41,7 @@ from test_facet import (  # one_thread is a fixture that holds for every test he
     one_thread,  # noqa: F401
     same,
 )
+from tools import database
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -196,6 +198,145 @@ def test_learning_rate_and_weights_of_the_losses_follow_their_schedules(tmp_path
         same("loss", float(row["loss"]) / loss, 1, "float32 formula")
 
 
+def test_rates_and_weights_of_the_losses_are_right_at_first_at_the_fiftieth_and_last(tmp_path):
+    """As the optimisers and the gradient see them, at each of 60 steps."""
+    file_of(tmp_path, copper(4))
+    rates = {torch.optim.AdamW: [], torch.optim.Muon: []}
+    weights, losses = [], train_small.losses
+
+    def watch(kind):
+        step = kind.step
+
+        def watched(self, *arguments):
+            rates[kind].append(self.param_groups[0]["lr"])
+            return step(self, *arguments)
+        return mock.patch.object(kind, "step", watched)
+
+    def watched(*arguments):
+        parts = losses(*arguments)
+        parts.register_hook(lambda gradient: weights.append(gradient.tolist()))
+        return parts
+    with watch(torch.optim.AdamW), watch(torch.optim.Muon):
+        with mock.patch.object(train_small, "losses", watched):
+            run(tmp_path, steps=60, lr=2e-3, muon_lr=7e-3, energy_weight=3.0, stress_weight=0.3,
+                valid=("0",), test=("0",))
+    for highest, kind in ((2e-3, torch.optim.AdamW), (7e-3, torch.optim.Muon)):
+        assert len(rates[kind]) == 60
+        for step, warm in ((1, 1 / 50), (25, 0.5), (50, 1.0), (60, 1.0)):
+            cosine = (1 + np.cos(np.pi * (step - 1) / 60)) / 2
+            same(f"rate {step}", rates[kind][step - 1] / highest, warm * cosine, "formula")
+    for step in (1, 50, 60):
+        want = [3.0 / 20 ** (1 - (step - 1) / 60), 1, 0.3]
+        same(f"weights {step}", weights[step - 1], want, "float32 formula")
+    same("energy at first", weights[0][0], 3.0 / 20, "float32 formula")
+
+
+def test_seed_gives_the_first_weights(tmp_path):
+    file_of(tmp_path, copper(4))
+    found, save = [], facet.save
+
+    def keep(model, path, **more):
+        if more.get("step") == 0:
+            found.append(model.embedding.detach().clone())
+        save(model, path, **more)
+    with mock.patch.object(facet, "save", keep):
+        for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+            run(tmp_path, name, seed=seed, steps=1, valid=("0",), test=("0",))
+    same("first weights of one seed", found[0], found[1], "exact")
+    differ("first weights of another seed", found[0], found[2])
+
+
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique",
+         "_unique", "repeat_interleave.Tensor")  # operators whose result the CPU must know
+READS = ("tolist", "item", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__")
+
+
+class Waits(TorchDispatchMode):
+    """Counts where the CPU would wait for a GPU, while `on`: operators, and methods of tensors.
+
+    On the CPU .tolist() is no operator; so both are looked at, and .item() counts twice.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.on, self.found = False, []
+        self.methods = []
+
+    def __torch_dispatch__(self, operator, types, arguments=(), more=None):
+        name = operator.name().removeprefix("aten::")
+        masks = [i for some in arguments[1:2] if isinstance(some, (list, tuple)) for i in some
+                 if isinstance(i, torch.Tensor) and i.dtype in (torch.bool, torch.uint8)]
+        if self.on and (name.startswith(WAITS) or name.startswith("index") and masks):
+            self.found.append(name)
+        return operator(*arguments, **(more or {}))
+
+    def __enter__(self):
+        def watched(name):
+            method = getattr(torch.Tensor, name)
+
+            def call(*arguments, **more):
+                if self.on:
+                    self.found.append(name)
+                return method(*arguments, **more)
+            return mock.patch.object(torch.Tensor, name, call)
+        self.methods = [watched(name) for name in READS]
+        for method in self.methods:
+            method.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        for method in self.methods:
+            method.__exit__(*error)
+        return super().__exit__(*error)
+
+
+def waits_of_a_step(folder: Path) -> list[str]:
+    """Where the CPU would wait for a GPU in the third step of a training, in order.
+
+    What prepares batches, on the CPU anyway, is not watched, nor AdamW: its counters of steps are
+    on the CPU everywhere.
+    """
+    waits, loader, steps = Waits(), train_small.loader, count(1)
+    adamw, to = torch.optim.AdamW.step, facet.Batch.to
+
+    def watched_loader(*arguments):
+        for batch in loader(*arguments):
+            yield batch
+            if waits.on:
+                return  # that was enough
+
+    def watched_to(batch, device):
+        waits.on = next(steps) == 3
+        return to(batch, device)
+
+    def unwatched_step(*arguments):
+        on, waits.on = waits.on, False
+        adamw(*arguments)
+        waits.on = on
+    with mock.patch.object(train_small, "loader", watched_loader), \
+            mock.patch.object(facet.Batch, "to", watched_to), \
+            mock.patch.object(torch.optim.AdamW, "step", unwatched_step):
+        with waits, pytest.raises(StopIteration):
+            run(folder, steps=240, valid=("0",), test=("0",))
+    return waits.found
+
+
+def test_step_waits_once_for_the_device(tmp_path):
+    """For the losses, the gradient and the clock, in one .tolist(); another one is counted."""
+    file_of(tmp_path, copper(4))
+    assert waits_of_a_step(tmp_path) == ["tolist"]
+    losses = train_small.losses
+    for read in (lambda parts: parts[0].item(), lambda parts: bool(parts[1] > 0),
+                 lambda parts: parts[parts > 0], lambda parts: parts.nonzero(),
+                 lambda parts: parts.register_hook(lambda of: of.sum().item() and None)):
+        def reads(*arguments, read=read):
+            parts = losses(*arguments)
+            read(parts)
+            return parts
+        with mock.patch.object(train_small, "losses", reads):
+            assert len(waits_of_a_step(tmp_path)) > 1, "a wait is not counted"
+
+
 def test_average_of_the_weights_equals_that_by_hand(tmp_path):
     """average += (1 − min(ema, n/(n + 9))) (weights − average) after step n; all 20 are saved."""
     file_of(tmp_path, copper(4))
@@ -262,6 +403,40 @@ def test_batches_neither_lose_nor_double_a_frame_and_are_bounded():
     assert len(large) == 2, "a frame larger than a batch is a batch"
 
 
+def test_batch_holds_ten_structures_of_mean_size_at_most_256_atoms(tmp_path):
+    crystals = copper(6)  # four and eight atoms by turns
+    assert train_small.ten_structures(frames_of(tmp_path, crystals)) == 60
+    large = [atoms * (3, 3, 3) for atoms in crystals]
+    for atoms in large:
+        atoms.calc = SinglePointCalculator(atoms, energy=0.0, forces=np.zeros((len(atoms), 3)))
+    assert train_small.ten_structures(frames_of(tmp_path, large)) == 256
+
+
+def test_neighbours_of_a_large_set_are_made_anew_and_its_crowd_is_guessed(tmp_path):
+    """By the density: within a factor of the truth, in order; molecules count as the mean."""
+    crystals = copper(8)
+    for i, atoms in enumerate(crystals):
+        atoms.set_cell(atoms.cell.array * (1 + 0.05 * i), scale_atoms=True)
+        atoms.calc = SinglePointCalculator(atoms, energy=0.0, forces=np.zeros((len(atoms), 3)))
+    molecule = ase.build.molecule("CO")
+    molecule.symbols = "CuAu"
+    molecule.calc = SinglePointCalculator(molecule, energy=0.0, forces=np.zeros((2, 3)))
+    frames = frames_of(tmp_path, [*crystals, molecule])
+    config = train_small.statistics(frames, train_small.Settings(**SHORT))
+    kept = train_small.Samples(frames, config)
+    truth = kept.crowd()
+    with mock.patch.object(train_small, "KEPT", 10):
+        large = train_small.Samples(frames, config)
+        guess = large.crowd()
+    assert kept.graphs and large.graphs is None
+    assert (np.diff(guess[:8]) < 0).all(), "thinner crystals have fewer neighbours"
+    assert (np.abs(np.log(guess[:8] / truth[:8])) < np.log(1.5)).all(), guess[:8] / truth[:8]
+    same("molecule", guess[8], config.mean_neighbours, "formula")
+    rows = np.array([0, 3, 8])
+    for one, two in zip(kept[rows][1], large[rows][1], strict=True):
+        same("batch", two, one, "exact")
+
+
 def test_labels_that_a_frame_lacks_are_not_counted(tmp_path):
     crystals = copper(5)
     del crystals[1].calc.results["stress"]
@@ -273,7 +448,8 @@ def test_labels_that_a_frame_lacks_are_not_counted(tmp_path):
     for s in (0, 2):
         stress = crystals[s].get_stress(voigt=False) * crystals[s].get_volume()
         same("virial", target["virial"][s], stress, "float32")
-    same("energy", target["energy"], [c.get_potential_energy() for c in crystals[:3]], "float32")
+    energies = [c.get_potential_energy() for c in crystals[:3]]
+    same("energy in float64", target["energy"] * 1e6, np.array(energies) * 1e6, "rounding")
     same("forces", target["forces"][4:12], crystals[1].get_forces(), "float32")
     assert batch.src.shape[0] == 16
 
@@ -385,6 +561,146 @@ def test_reference_energies_are_fitted_given_or_those_of_free_atoms(tmp_path):
     assert np.isfinite(train_small.reference_energies(alike, numbers, {}, 5.0)).all()
 
 
+def test_given_energies_are_subtracted_before_the_others_are_fitted(tmp_path):
+    """Given what they are, or wrong by 2 eV: the rest explains what is left, in any order."""
+    numbers, crystals = np.array([6, 8, 29]), alloys(30)
+    for k, atoms in enumerate(crystals):
+        atoms.symbols[:k % 3] = "C"
+        atoms.calc.results["energy"] = float(np.select(
+            [atoms.numbers == 6, atoms.numbers == 8], [-7.0, -5.0], -3.0).sum())
+    frames = frames_of(tmp_path, crystals)
+    want = [-7, -5, -3]
+    for given in ({}, {8: -5.0}, {8: -5.0, 29: -3.0}, {6: -7.0, 8: -5.0, 29: -3.0}):
+        found = train_small.reference_energies(frames, numbers, given, 5.0)
+        same("right ones given", found, want, "slope")
+    found = train_small.reference_energies(frames, numbers, {8: -3.0}, 5.0)
+    share = frames.compositions(numbers) / 6
+    left = share @ want - share[:, 1] * -3.0
+    fit, *_ = np.linalg.lstsq(share[:, [0, 2]], left, rcond=None)
+    same("a wrong one given", found, [fit[0], -3.0, fit[1]], "slope")
+    differ("a wrong one given", found, want)
+    for species in ("Cu,O,C", "C,Cu,O", "O,C,Cu"):
+        s = train_small.Settings(**SHORT, species=species, E0="O=-5")
+        config = train_small.statistics(frames, s)
+        assert config.species == ("C", "O", "Cu")
+        same(species, config.reference_energies, want, "slope")
+
+
+def test_given_energy_goes_before_that_of_a_free_atom(tmp_path):
+    free = Atoms("O", cell=[20, 20, 20], pbc=True)
+    free.calc = SinglePointCalculator(free, energy=-1.5, forces=np.zeros((1, 3)))
+    crowded = Atoms("Cu", cell=[2.5, 2.5, 2.5], pbc=True)  # one atom, but not alone
+    crowded.calc = SinglePointCalculator(crowded, energy=7.0, forces=np.zeros((1, 3)))
+    frames = frames_of(tmp_path, [*alloys(), free])
+    found = train_small.reference_energies(frames, np.array([8, 29]), {8: 4.0}, 5.0)
+    same("given", found[0], 4.0, "exact")
+    frames = frames_of(tmp_path, [*alloys(60), crowded])
+    found = train_small.reference_energies(frames, np.array([8, 29]), {}, 5.0)
+    assert found[1] != 7.0 and found[1] < -2.5, "a crystal of one atom is no free atom"
+
+
+def test_absurd_frame_does_not_move_the_statistics(tmp_path):
+    """One of 40 has an energy of +10⁵ eV and forces of 10⁴ eV/Å."""
+    crystals, s = copper(40), train_small.Settings(**SHORT)
+    rest = train_small.statistics(frames_of(tmp_path, crystals[:17] + crystals[18:]), s)
+    crystals[17].calc.results["energy"] = 1e5
+    crystals[17].calc.results["forces"] = np.full((len(crystals[17]), 3), 1e4)
+    config = train_small.statistics(frames_of(tmp_path, crystals), s)
+    same("E0", config.reference_energies, rest.reference_energies, "float32")
+    same("force RMS", config.energy_scale, rest.energy_scale, "float32")
+    kept = np.concatenate([a.get_forces() for a in crystals[:17] + crystals[18:]])
+    same("force RMS by hand", config.energy_scale, np.sqrt((kept ** 2).mean()), "float32")
+
+
+def test_statistics_do_not_see_validation_or_test(tmp_path):
+    """What training begins with is the same for other held-out sets; other data change it."""
+    train = file_of(tmp_path, copper(8))
+    found = []
+    for first, scale in ((100, 1.0), (200, 1.3)):
+        others = copper(8, first)
+        for atoms in others:
+            forces = atoms.get_forces()
+            atoms.set_cell(atoms.cell.array * scale, scale_atoms=True)
+            atoms.calc = SinglePointCalculator(atoms)
+            atoms.calc.results = {"energy": scale * -50.0, "forces": forces * scale}
+        held = [(file_of(tmp_path, part, f"{first} {k}.extxyz"),)
+                for k, part in enumerate((others[:4], others[4:]))]
+        run(tmp_path, str(first), train=(train,), valid=held[0], test=held[1], steps=1)
+        found.append(facet.load(tmp_path / str(first) / "a" / "model.pt").config)
+    assert found[0] == found[1]
+    run(tmp_path, "control", train=held[0], valid=(train,), test=("0",), steps=1)
+    other = facet.load(tmp_path / "control" / "a" / "model.pt").config
+    for name in ("reference_energies", "energy_scale", "first_knot", "mean_neighbours"):
+        assert getattr(other, name) != getattr(found[0], name), name
+
+
+def test_cores_of_a_training_set_end_below_every_pair_in_it(tmp_path):
+    """Three species against the distances of all pairs by ASE, and at most half the cutoff."""
+    rng, crystals = np.random.default_rng(1), []
+    for _ in range(12):
+        places = rng.permutation([*np.ndindex(2, 2, 2)])[:7] * 2.2 + rng.normal(0, 0.15, (7, 3))
+        atoms = Atoms(rng.choice(["C", "Si", "Cu"], 7), places, cell=[4.4] * 3, pbc=True)
+        atoms.calc = SinglePointCalculator(atoms, energy=0.0, forces=rng.normal(size=(7, 3)))
+        crystals.append(atoms)
+    numbers = np.array([6, 14, 29])
+    for cutoff in (4.0, 2.0):
+        s = train_small.Settings(**SHORT, cutoff=cutoff)
+        frames = frames_of(tmp_path, crystals)
+        config = train_small.statistics(frames, s)
+        lists = [neighbor_list("ijd", atoms, cutoff) for atoms in crystals]
+        z = [np.searchsorted(numbers, atoms.numbers) for atoms in crystals]
+        a, b, d = (np.concatenate(x) for x in zip(
+            *((k[i], k[j], d) for k, (i, j, d) in zip(z, lists)), strict=True))
+        want = {}
+        for i, j in combinations_with_replacement(range(3), 2):
+            of_pair = d[(a == i) & (b == j)]
+            if len(of_pair):
+                want[i, j] = of_pair.min()
+        graphs = [facet.find_neighbours(atoms, config) for atoms in crystals]
+        found = train_small.shortest_distances(graphs)
+        assert set(found) == set(want)
+        for pair, distance in want.items():
+            same(f"shortest distance of {pair}", found[pair], distance, "float32")
+            assert config.core[pair[0]] + config.core[pair[1]] < distance
+        assert max(config.core) <= cutoff / 2 and min(config.core) > 0.2
+        assert 0 < config.first_knot < min(want.values())
+
+
+def test_sparse_or_calm_data_have_sound_statistics(tmp_path):
+    """Atoms 4.5 Å apart, and without any force: the radial axis begins where bonds may be."""
+    crystals = copper(4)
+    for atoms in crystals:
+        atoms.set_cell(atoms.cell.array * 1.8, scale_atoms=True)
+        atoms.calc.results["forces"] = np.zeros((len(atoms), 3))
+    config = train_small.statistics(frames_of(tmp_path, crystals), train_small.Settings(
+        **SHORT, cutoff=5.0))
+    assert config.energy_scale == 1.0
+    same("first knot", config.first_knot, 0.7 * 2.5, "formula")
+
+
+@pytest.mark.parametrize("kind", ("extxyz", "db"))
+def test_no_material_is_on_two_sides(kind, tmp_path):
+    """Three frames a material, interleaved; every frame is on one side."""
+    crystals = copper(60)
+    for i, atoms in enumerate(crystals):
+        atoms.info["material_id"] = f"m-{i % 20}"
+    path = file_of(tmp_path, crystals)
+    if kind == "db":
+        database.convert([path], str(tmp_path / "data.db"))
+        path = str(tmp_path / "data.db")
+    sides, sizes = [], []
+    for seed in range(4):
+        parts = train_small.load(train_small.Settings(train=(path,), seed=seed), tmp_path)
+        names = [{atoms.info["material"] for atoms in part} for part in parts]
+        assert [len(part) for part in parts] == [3 * len(of) for of in names]
+        assert sum(map(len, parts)) == 60 and len(set.union(*names)) == 20
+        assert min(map(len, names)) >= 1, "a side is empty"
+        sides.append((tuple(sorted(names[1])), tuple(sorted(names[2]))))
+        sizes.append(sum(map(len, names)))
+    assert sizes == [20] * 4, "a material is on two sides"
+    assert len({valid for valid, _ in sides}) > 1 and len({test for _, test in sides}) > 1
+
+
 def test_core_ends_below_the_shortest_distance_of_every_pair():
     """Three species; within half the cutoff; 0.85 covalent radii where the data say nothing."""
     numbers, rng = np.array([8, 14, 29]), np.random.default_rng(0)
@@ -417,11 +733,36 @@ def test_statistics_are_those_of_the_training_set(tmp_path):
         more = train_small.statistics(frames_of(tmp_path, crystals), replace(
             s, species=order, E0="O=-1.5,Cu=2"))
         assert more.species == ("O", "Cu", "Au") and more.reference_energies[:2] == (-1.5, 2.0)
-    for wrong in ({"E0": "Cu"}, {"E0": "Qq=1"}, {"E0": "Cu=x"}, {"species": "Cu,Qq"}):
-        with pytest.raises(train_small.BadInput, match="must look like --E0"):
-            train_small.statistics(frames_of(tmp_path, crystals), replace(s, **wrong))
     with pytest.raises(train_small.BadInput, match="are positions in Å"):
         train_small.statistics(frames_of(tmp_path, crystals), replace(s, cutoff=0.5))
+
+
+@pytest.mark.parametrize("change, message", (
+    ({"E0": "Cu"}, "must look like --E0"), ({"E0": "Qq=1"}, "must look like --E0"),
+    ({"E0": "Cu=x"}, "must look like --E0"), ({"E0": "Cu=1=2"}, "must look like --E0"),
+    ({"species": "Cu,Qq"}, "must look like --E0"), ({"species": "cu,Au"}, "must look like --E0"),
+    ({"E0": "Cu=-1,Cu=-2"}, "^--E0 Cu=-1,Cu=-2: names an element twice"),
+    ({"E0": "Cu=1,Au=2,Cu=1"}, "^--E0 .*: names an element twice"),
+    ({"species": "Cu,Au,Cu"}, "^--species Cu,Au,Cu: names an element twice"),
+    ({"E0": "Cu=nan"}, "^--E0 Cu=nan: energies must be finite"),
+    ({"E0": "Cu=1,Au=-inf"}, "^--E0 .*: energies must be finite"),
+    ({"species": "Cu"}, "frame .: holds Au, which the training set, or --species, does not: Cu$"),
+), ids=lambda x: str(x) if isinstance(x, dict) else "")
+def test_elements_of_the_command_line_are_known_and_named_once(change, message, tmp_path):
+    s = train_small.Settings(**SHORT, **change)
+    with pytest.raises(train_small.BadInput, match=message) as error:
+        train_small.statistics(frames_of(tmp_path, copper(4)), s)
+    assert "\n" not in str(error.value)
+
+
+def test_elements_that_are_not_in_the_data_are_named(tmp_path, capsys):
+    frames = frames_of(tmp_path, copper(4))
+    train_small.statistics(frames, train_small.Settings(**SHORT, species="Cu,Au,O,Zn"))
+    assert "no frame holds O, Zn: nothing is learned of them" in capsys.readouterr().err
+    train_small.statistics(frames, train_small.Settings(**SHORT, E0="Cu=-1,Co=-2,C=3"))
+    assert "--E0 names Co, C, which the model does not know" in capsys.readouterr().err
+    train_small.statistics(frames, train_small.Settings(**SHORT, E0="Cu=-1"))
+    assert "note" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("part", ("valid", "test"))
@@ -486,6 +827,127 @@ def test_interrupted_run_resumes_to_the_last_bit_and_changed_data_are_refused(tm
             run(tmp_path, resume=True)
 
 
+@pytest.mark.parametrize("what", ("energy", "force", "stress", "position", "cell", "pbc", "element",
+                                  "no stress"))
+def test_run_is_not_resumed_on_data_that_differ_in(what, tmp_path):
+    crystals = copper(5)
+    file_of(tmp_path, crystals)
+    run(tmp_path, steps=1, valid=("0",), test=("0",))
+    atoms = crystals[3]
+    changes = {
+        "energy": lambda: atoms.calc.results.update(energy=atoms.calc.results["energy"] + 1e-5),
+        "force": lambda: atoms.calc.results["forces"].__setitem__((2, 1), 1.0),
+        "stress": lambda: atoms.calc.results["stress"].__setitem__(4, 1e-3),
+        "no stress": lambda: atoms.calc.results.pop("stress"),
+        "position": lambda: atoms.positions.__setitem__((1, 2), atoms.positions[1, 2] + 1e-5),
+        "cell": lambda: atoms.cell.__setitem__((2, 1), 1e-5),
+        "pbc": lambda: atoms.set_pbc((True, True, False)),
+        "element": lambda: atoms.numbers.__setitem__(1, 79)}
+    calculator = atoms.calc
+    changes[what]()
+    calculator.atoms = atoms.copy()  # or ASE would not write labels of another geometry
+    file_of(tmp_path, crystals)
+    with pytest.raises(train_small.BadInput, match="not the one that this run began with"):
+        run(tmp_path, resume=True, steps=1, valid=("0",), test=("0",))
+
+
+def test_checkpoint_is_written_by_the_clock(tmp_path):
+    """A thousand steps between lines of the log; two minutes pass whenever somebody looks."""
+    file_of(tmp_path, copper(4))
+    losses, calls, steps = train_small.losses, [], []
+
+    def stopped(*arguments):
+        calls.append(1)
+        if len(calls) == 8:
+            raise KeyboardInterrupt  # as a kill would: nothing is saved any more
+        if len(calls) == 7:
+            steps.append(train_small.checkpoint(tmp_path / "runs" / "a")["step"])
+        return losses(*arguments)
+    clock = iter(range(0, 10 ** 9, 120))
+    with mock.patch.object(train_small, "losses", stopped), pytest.raises(KeyboardInterrupt):
+        with mock.patch.object(train_small.time, "perf_counter", lambda: float(next(clock))):
+            run(tmp_path, steps=10 ** 5, valid=("0",), test=("0",))
+    assert steps[0] >= 4 and len(metrics(tmp_path / "runs" / "a")) == 0
+
+
+def test_sigterm_ends_the_step_and_saves(tmp_path):
+    """As a batch system sends it."""
+    file_of(tmp_path, copper())
+    losses, calls = train_small.losses, []
+
+    def told(*arguments):
+        calls.append(1)
+        if len(calls) == 5:
+            signal.raise_signal(signal.SIGTERM)
+        return losses(*arguments)
+    caught = []
+    before = signal.signal(signal.SIGTERM, lambda *_: caught.append(1))
+    try:
+        with mock.patch.object(train_small, "losses", told), pytest.raises(KeyboardInterrupt):
+            run(tmp_path)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert train_small.checkpoint(tmp_path / "runs" / "a")["step"] == 5 and not caught
+
+
+def test_rate_is_that_of_this_life_without_the_log(tmp_path):
+    """Two structures a step, which looks three times at a clock that ticks with every look."""
+    file_of(tmp_path, copper(4))
+    clock, rates = iter(range(10 ** 6)), []
+    with mock.patch.object(train_small.time, "perf_counter", lambda: float(next(clock))):
+        for steps in (60, 90):
+            run(tmp_path, resume=steps > 60, steps=steps, valid=("0",), test=("0",))
+            rates.append(float(metrics(tmp_path / "runs" / "a")[-1]["structures_per_s"]))
+    assert rates[0] == pytest.approx(2 / 3, abs=0.1) and rates[1] == pytest.approx(2 / 3, abs=0.1)
+
+
+# ─── The trainer: devices ────────────────────────────────────────────────────────────────────────
+
+@pytest.mark.parametrize("given, cuda, rank, want", (
+    ("", True, None, "cuda:0"), ("", True, "3", "cuda:3"), ("", False, "3", "cpu"),
+    ("cuda", True, None, "cuda:0"), ("cuda", True, "2", "cuda:2"), ("cpu", True, "2", "cpu"),
+    ("cuda:1", True, None, "cuda:1"), ("cuda:1", True, "2", "cuda:1"), ("mps", False, None, "mps"),
+))
+def test_every_process_finds_its_own_device(given, cuda, rank, want, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        monkeypatch.setenv("RANK", "5")  # of another machine: not the number of a device
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    s = train_small.Settings(device=given)
+    assert train_small.device_of(s) == want
+    assert s.device == given
+
+
+def test_device_is_not_stored_and_a_run_of_a_gpu_goes_on_without_one(tmp_path, capsys):
+    """What stands for the GPU is the CPU: so the run ends as one that was never interrupted."""
+    file_of(tmp_path, copper())
+    run(tmp_path, "whole")
+    losses, calls = train_small.losses, []
+
+    def killed(*arguments):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return losses(*arguments)
+    with mock.patch.object(train_small, "device_of", lambda s: "cpu"), \
+            mock.patch.object(train_small, "losses", killed), pytest.raises(KeyboardInterrupt):
+        run(tmp_path, device="cuda")
+    folder = tmp_path / "runs" / "a"
+    content = train_small.checkpoint(folder)
+    assert content["settings"]["device"] == "cuda" and content["step"] == 4
+    assert train_small.checkpoint(tmp_path / "whole" / "a")["settings"]["device"] == ""
+
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit):
+            train_small.parse(["--resume", str(folder)])
+        assert "no such device here; try --device cpu" in capsys.readouterr().err
+    s, resume = train_small.parse(["--resume", str(folder), "--device", "cpu"])
+    train_small.main(s, resume=resume)
+    assert json.loads((folder / "result.json").read_text())["device"] == "cpu"
+    assert outcome(folder) == outcome(tmp_path / "whole" / "a")
+
+
 def test_full_disk_ends_in_one_sentence_and_the_run_can_go_on(tmp_path):
     file_of(tmp_path, copper())
     fsync, calls = os.fsync, []
@@ -548,6 +1010,7 @@ def test_old_results_are_never_overwritten(tmp_path):
     (["--epochs", "-1"], "must be a number from 0 on"),
     (["--epochs", "nan"], "must be a number from 0 on"), (["--minutes", "inf"], "from 0 on"),
     (["--activation", "relu"], "must be product or silu"),
+    (["--channels", "12"], "--groups 8: must divide --channels 12"),
     (["--test", "x"], "--test without --train"), (["--device", "cdua"], "no such device"),
     (["--resume", "a", "--lr", "1e-3"], "--lr cannot be changed"),
 ), ids=" ".join)
@@ -556,6 +1019,46 @@ def test_wrong_command_gets_one_sentence(words, message, capsys):
         train_small.parse(words)
     text = capsys.readouterr().err.splitlines()
     assert error.value.code == 2 and message in text[-1] and text[-1].count("error:") == 1
+
+
+NUMBERS = [f for f in fields(train_small.Settings) if type(f.default) in (int, float)]
+
+
+def ends(f) -> tuple[list, list]:
+    """Values of a numeric flag just outside of its range, and just inside."""
+    step = 1 if isinstance(f.default, int) else 1e-9
+    if f.metadata["least"] is not None:
+        outside, inside = [f.metadata["least"] - step], [f.metadata["least"]]
+    else:
+        outside, inside = [f.metadata["above"]], [f.metadata["above"] + step]
+    last = {"ema": (1.0, 1 - 1e-9), "seed": (2 ** 63, 2 ** 63 - 1)}
+    beyond, largest = last.get(f.name, (float("inf"), 10 ** 6))
+    return [*outside, beyond, float("inf"), float("nan")], [*inside, type(f.default)(largest)]
+
+
+@pytest.mark.parametrize("f", NUMBERS, ids=lambda f: f.name)
+def test_number_has_a_range_on_the_command_line_and_in_python(f, capsys):
+    assert (f.metadata["least"] is None) != (f.metadata["above"] is None), "a range is missing"
+    outside, inside = ends(f)
+    for value in outside:
+        with pytest.raises(ValueError, match=f"^--{f.name} .*must be [^\n]*$"):
+            train_small.Settings(**{f.name: value})
+        with pytest.raises(SystemExit) as error:
+            train_small.parse([f"--{f.name}={value}"])
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert error.value.code == 2 and f"--{f.name}" in last and last.count("error:") == 1
+    for value in inside:
+        fitting = {"channels": {"groups": 1}, "groups": {"channels": value}}.get(f.name, {})
+        given = {f.name: value, **fitting}
+        s, _ = train_small.parse([f"--{name}={x}" for name, x in given.items()])
+        assert s == train_small.Settings(**given)
+        assert getattr(s, f.name) == value
+    for value in ("x", None, [1]):
+        with pytest.raises(ValueError, match=f"^--{f.name} .*must be a number$"):
+            train_small.Settings(**{f.name: value})
+    if isinstance(f.default, int):
+        with pytest.raises(ValueError, match=f"^--{f.name} 2.5: must be a whole number$"):
+            train_small.Settings(**{f.name: 2.5})
 
 
 def test_command_line_gives_the_settings(tmp_path, capsys):
