@@ -128,6 +128,64 @@ def test_errors_without_labels_are_none(crystals, model):
     assert set(report.errors([], []).values()) == {None}
 
 
+def test_errors_of_two_frames_by_hand():
+    """Numbers that can be checked in the head; 1 eV/Å³ is 160.21766 GPa."""
+    frames, predictions = [], []
+    for group, off in (("a", 1.0), ("b", -3.0)):
+        atoms = ase.Atoms("CuAu", [[0, 0, 0], [2, 0, 0]], cell=[4, 4, 4], pbc=True)
+        wanted = {"energy": -7.0, "forces": np.array([[3.0, 4.0, 0.0], [0.0, 0.0, 0.0]]),
+                  "stress": np.array([0.01, 0, 0, 0.02, 0, 0])}
+        atoms.calc = SinglePointCalculator(atoms, **wanted)
+        atoms.info["group"] = group
+        frames.append(atoms)
+
+        # energy off by 0.02 eV times `off`, one force by 0.6 eV/Å, xy (twice among nine) by 0.009
+        stress = wanted["stress"] + [0, 0, 0, 0, 0, 0.009 * off]
+        predictions.append({"energy": -7.0 + 0.02 * off,
+                            "stress": voigt_6_to_full_3x3_stress(stress),
+                            "forces": wanted["forces"] + [[0, 0, 0], [0, 0.6 * off, 0]]})
+
+    def table(energy, force, stress):
+        names = ("energy_{}_meV_per_atom", "force_{}_eV_per_A", "stress_{}_GPa")
+        return {name.format(kind): pytest.approx(value) for name, values in
+                zip(names, (energy, force, stress), strict=True)
+                for kind, value in zip(("mae", "rmse"), values, strict=True)}
+
+    GPa = 160.21766
+    one = table((10, 10), (0.1, 0.6 / 6 ** 0.5), (0.002 * GPa, 0.009 * (2 / 9) ** 0.5 * GPa))
+    three = table((30, 30), (0.3, 1.8 / 6 ** 0.5), (0.006 * GPa, 0.027 * (2 / 9) ** 0.5 * GPa))
+    both = table((20, 500 ** 0.5), (0.2, 0.6 * (10 / 12) ** 0.5),
+                 (0.004 * GPa, 0.009 * (10 * 2 / 18) ** 0.5 * GPa))
+    assert report.errors(predictions, frames) == both
+    groups = report.errors_by_group(predictions, frames)
+    assert groups == {"a": {"structures": 1, **one}, "b": {"structures": 1, **three}}
+
+    symbols, size, error = report.force_errors(predictions, frames)
+    assert list(symbols) == ["Cu", "Au", "Cu", "Au"]
+    assert size == pytest.approx([5, 0, 5, 0]), "|F| of the labels"
+    assert error == pytest.approx([0, 0.6, 0, 1.8])
+    assert report.errors_by_element(symbols, error) == pytest.approx({"Au": 1.2, "Cu": 0})
+
+
+def test_errors_by_size_go_by_the_size():
+    """Large forces with small errors, small ones with large errors."""
+    size = np.array([9.0, 1.0, 5.0, 3.0])
+    error = np.array([0.1, 0.7, 0.3, 0.5])
+    assert report.errors_by_size(size, error) == [(1, 0.7), (3, 0.5), (5, 0.3), (9, 0.1)]
+    many = report.errors_by_size(np.arange(24.0), 24 - np.arange(24.0))
+    assert many[0] == (0.5, 23.5) and many[-1] == (22.5, 1.5) and len(many) == 12
+
+
+def test_predictions_of_thousands_of_frames_are_complete_and_in_order(model):
+    frames = [ase.Atoms("Cu2", [[0, 0, 0], [0, 0, 2 + i / 2500]]) for i in range(2003)]
+    found = report.predict(model, frames)
+    assert len(found) == 2003
+    for i in (0, 998, 999, 1000, 1001, 1999, 2000, 2002):
+        alone, = report.predict(model, [frames[i]])
+        assert found[i]["energy"] == pytest.approx(alone["energy"], rel=1e-6)
+    assert found[0]["energy"] != pytest.approx(found[2002]["energy"], rel=1e-3)
+
+
 def test_groups_elements_and_sizes_add_up(crystals, model):
     frames = list(read([str(crystals)])[:20])
     for i, atoms in enumerate(frames):
@@ -300,6 +358,24 @@ def test_report_has_a_line_per_group_and_copes_with_missing_labels(make_run, cry
     assert "  kind 1 (2) " in printed and len(result["by_group"]) == 23
     assert result["by_group"]["kind 3"]["stress_mae_GPa"] is None
     assert result["stress_mae_GPa"] is not None and "Cu3Au" not in printed
+
+
+@pytest.mark.parametrize("held", ("test", "valid"))
+def test_physics_are_those_of_structures_that_were_not_trained_on(held, make_run, crystals,
+                                                                  tmp_path, monkeypatch):
+    images = ase.io.read(crystals, ":")
+    other = (written(tmp_path / "held.extxyz", images[:8]),)
+    settings = {"test": ("0",), "valid": ("0",), held: other}
+    folder = make_run(train=(written(tmp_path / "train.extxyz", images[8:]),), **settings)
+    seen = []
+
+    def stop(model, frames):
+        seen.extend(atoms.info["source"] for atoms in frames)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(physics, "all_of_it", stop)
+    with pytest.raises(KeyboardInterrupt):
+        report.report(folder)
+    assert len(seen) == 8 and all("held.extxyz" in source for source in seen)
 
 
 def test_report_without_a_test_set_says_so(make_run, crystals, capsys):

@@ -156,6 +156,51 @@ def test_log_watches_validation_by_the_saved_model_and_never_the_test_set(tmp_pa
     assert all(row["force_mae_meV_per_A"] == "nan" for row in rows)
 
 
+def test_log_watches_fifty_frames_from_all_of_validation(tmp_path):
+    """The same ones in every run of these data."""
+    frames = frames_of(tmp_path, copper(120))
+    one, two = (train_small.Log(tmp_path, frames, 0).watched for _ in range(2))
+    numbers = [int(atoms.info["source"].split()[-1]) for atoms in one]
+    assert len(set(numbers)) == 50 and one.fingerprint() == two.fingerprint()
+    for third in range(3):
+        assert 8 < sum(n // 40 == third for n in numbers) < 26, "a third is not seen"
+    assert len(train_small.Log(tmp_path, frames[:20], 0).watched) == 20
+
+
+def test_epochs_are_forty_or_twentyfive_for_the_embedded_set_and_may_be_parts(tmp_path):
+    frames = frames_of(tmp_path, copper(6))
+    for train, epochs, want in ((("data.extxyz",), 0.0, 40), ((), 0.0, 25), ((), 3.0, 3)):
+        s = train_small.Settings(train=train, epochs=epochs, name="e")
+        parts = (frames, frames[:0], frames[:0])
+        with mock.patch.object(train_small, "load", lambda *_, parts=parts: parts), \
+                mock.patch.object(train_small, "train", side_effect=KeyboardInterrupt) as called:
+            with pytest.raises(KeyboardInterrupt):
+                train_small.main(s, tmp_path / "runs")
+        assert called.call_args.args[3].epochs == want
+    result = run(tmp_path, steps=0, epochs=2.5, batch_atoms=1000, valid=("0",), test=("0",))
+    assert result["steps"] == 3
+
+
+def test_padding_equals_that_by_hand(tmp_path):
+    """Neighbours by ASE of the frames in each batch, over the places that the batch has."""
+    crystals, loader = copper(9), train_small.loader
+    crystals[0].set_cell(crystals[0].cell.array * 1.6, scale_atoms=True)
+    crystals[0].calc = SinglePointCalculator(crystals[0], energy=0.0, forces=np.zeros((4, 3)))
+    file_of(tmp_path, crystals)
+    places, neighbours = [], []
+
+    def watched(*arguments):
+        for rows, batch, target in loader(*arguments):
+            places.append(batch.src.numel())
+            neighbours.append(sum(len(neighbor_list("i", crystals[i], 5.0)) for i in rows))
+            yield rows, batch, target
+    with mock.patch.object(train_small, "loader", watched):
+        result = run(tmp_path, steps=7, valid=("0",), test=("0",), batch_atoms=30)
+    assert len(places) == 7
+    same("padding", result["padding"], 1 - sum(neighbours) / sum(places), "formula")
+    assert result["padding"] > 0.01, "there is none"
+
+
 def test_same_seed_gives_the_same_numbers_on_a_busy_machine(tmp_path):
     """The clock jumps about two minutes whenever somebody looks; and another seed: control."""
     file_of(tmp_path, copper())
@@ -690,7 +735,7 @@ def test_no_material_is_on_two_sides(kind, tmp_path):
         path = str(tmp_path / "data.db")
     sides, sizes = [], []
     for seed in range(4):
-        parts = train_small.load(train_small.Settings(train=(path,), seed=seed), tmp_path)
+        parts = train_small.load(train_small.Settings(train=(path,), seed=seed), tmp_path, None)
         names = [{atoms.info["material"] for atoms in part} for part in parts]
         assert [len(part) for part in parts] == [3 * len(of) for of in names]
         assert sum(map(len, parts)) == 60 and len(set.union(*names)) == 20
@@ -699,6 +744,9 @@ def test_no_material_is_on_two_sides(kind, tmp_path):
         sizes.append(sum(map(len, names)))
     assert sizes == [20] * 4, "a material is on two sides"
     assert len({valid for valid, _ in sides}) > 1 and len({test for _, test in sides}) > 1
+    alone = [train_small.load(train_small.Settings(train=(path,), test=("0",), seed=seed),
+                              tmp_path, None)[1].fingerprint() for seed in range(3)]
+    assert len(set(alone)) == 3, "every seed sets aside the same for validation"
 
 
 def test_core_ends_below_the_shortest_distance_of_every_pair():
