@@ -351,6 +351,17 @@ def test_globs_are_recursive_and_a_file_counts_once(tmp_path):
     assert len(frames.read([str(tmp_path / "a.xyz"), str(tmp_path / "deep" / ".." / "*.xyz")])) == 2
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+def test_file_and_a_link_to_it_are_one_file(tmp_path):
+    write(tmp_path / "a.xyz", copper(2))
+    (tmp_path / "link.xyz").symlink_to(tmp_path / "a.xyz")
+    (tmp_path / "folder").symlink_to(tmp_path)
+    write(tmp_path / "copy.xyz", copper(2))
+    names = ("a.xyz", "link.xyz", "folder/a.xyz")
+    assert len(frames.read([str(tmp_path / name) for name in names])) == 2
+    assert len(frames.read([str(tmp_path / "*.xyz")])) == 4, "a copy is a file of its own"
+
+
 # ─── JSON ────────────────────────────────────────────────────────────────────────────────────────
 
 def test_mptrj_has_its_names_its_units_and_its_sign(tmp_path):
