@@ -1,8 +1,7 @@
 """Facet: an E(3)-equivariant interatomic potential in one readable file.
 
 [F]  N. Miklaucic et al., "Facet: highly efficient E(3)-equivariant networks for interatomic
-     potentials", 2025, arXiv 2509.08418. Three ideas: splines as radial functions, a grid layer
-     as non-linearity, a lean network around both.
+     potentials", 2025, arXiv 2509.08418: splines, the grid layer, the lean network.
 [B]  I. Batatia et al., "MACE", 2022, arXiv 2206.07697: density projections, normalisation by a
      mean neighbour count.
 [L]  V. I. Lebedev, D. N. Laikov, Doklady Mathematics 59, 477 (1999): quadrature on the sphere.
@@ -10,14 +9,14 @@
 [Z]  J. F. Ziegler, J. P. Biersack, U. Littmark, "The Stopping and Range of Ions in Solids", 1985:
      screened nuclei.
 
-    crystal ─ neighbours ─┬─ radial splines φ_b(r)   (§2) ─┐
-               (§1)       └─ harmonics Y_lm(r̂)       (§3) ─┤
-                                                           │
-              species ─ embedding (§8) ─── features h ─────┴─ density ─ mix ─ + skip ─ grid layer ─┐
-                                           ↑                   (§5)     (§6)    (§6)      (§7)     │
-                                           └──────────── one layer, repeated ──────────────────────┤
-                                                                                                   │
-                        forces, stress  ←  one gradient  ←  energy  ←  readout of the scalars  ────┘
+    crystal → neighbours (§1) ─┬→ radial splines φ_b(r)  (§2) ┐
+                               └→ harmonics Y_lm(r̂)      (§3) ┤
+                                                              ↓
+    species → embedding (§8) → features h ────────────→ density (§5) → mix (§6) → + skip (§6)
+                                       ↑                                             ↓
+                                       └─────────── one layer, repeated ─── grid layer (§7)
+                                                                                     ↓
+              forces, stress ← one gradient ← energy (§8) ← readout of the scalars ←─┘
 
 Glossary
     N  atoms in the batch                     C  channels: copies of every feature
@@ -118,10 +117,8 @@ class Config:
         if min(self.layers, self.groups) < 1 or min(self.degree, self.grid_degree) < 0:
             raise ValueError("layers and groups must be at least 1, degree and grid_degree at "
                              "least 0")
-
         if self.splines < 4:
             raise ValueError(f"splines must be at least 4, not {self.splines}")
-
         if self.channels < 1 or self.channels % self.groups:
             raise ValueError(f"channels ({self.channels}) must be a multiple of groups "
                              f"({self.groups})")
@@ -143,7 +140,7 @@ class Config:
                              f"({self.cutoff} Å), beyond which atoms do not see each other")
 
 
-# ─── §1 Crystals to neighbours ────────────────────────────────────────────────────────────────────
+# ─── §1 Crystals to neighbours ───
 
 
 class Neighbours(NamedTuple):
@@ -293,7 +290,7 @@ def make_batch(crystals: list[Neighbours], cutoff: float, dtype=torch.float32) -
     )
 
 
-# ─── §2 Radial functions ──────────────────────────────────────────────────────────────────────────
+# ─── §2 Radial functions ───
 
 
 class RadialSplines(nn.Module):
@@ -384,8 +381,7 @@ class Repulsion(nn.Module):
 
     q are the nuclear charges and 1/a = (q_i^0.23 + q_j^0.23)/0.4685 Å. V ends at ρ with two
     derivatives. Below the shortest distance that it was trained on, a network may say anything; two
-    nuclei, screened by their electrons (ξ, a: Ziegler, Biersack and Littmark), say clearly what is
-    right. V falls all the way from infinity to 0.
+    nuclei, screened by their electrons (ξ), say clearly what is right.
     """
 
     def __init__(self, config: Config):
@@ -417,7 +413,7 @@ class Repulsion(nn.Module):
         return (coulomb * (xi * switch)).sum(1)  # [N]
 
 
-# ─── §3 Real spherical harmonics ──────────────────────────────────────────────────────────────────
+# ─── §3 Real spherical harmonics ───
 
 
 def harmonics(unit: Tensor, L: int) -> Tensor:
@@ -468,7 +464,7 @@ def degree_of_row(L: int) -> Tensor:
     return torch.arange(L + 1).repeat_interleave(2 * torch.arange(L + 1) + 1)  # [M]
 
 
-# ─── §4 The grid and the coupling ─────────────────────────────────────────────────────────────────
+# ─── §4 The grid and the coupling ───
 
 
 def lebedev(exact_degree: int) -> tuple[Tensor, Tensor]:
@@ -520,7 +516,7 @@ def paths(l_in: int, l_out: int, L: int) -> list[tuple[int, int, int]]:
     return found
 
 
-# ─── §5 Density: sum over neighbours first ────────────────────────────────────────────────────────
+# ─── §5 Density: sum over neighbours first ───
 
 
 def chunks(index: Tensor, X: int) -> list[slice]:
@@ -666,7 +662,7 @@ class Density(nn.Module):
         return [a.reshape(-1, Q * C) for a, Q in zip(parts, self.counts)]  # l3 × [N m3, Q C]
 
 
-# ─── §6 Mixing and skip connection ────────────────────────────────────────────────────────────────
+# ─── §6 Mixing and skip connection ───
 
 
 def randn(*shape: int, fan_in: int = 1) -> nn.Parameter:
@@ -722,7 +718,7 @@ class Skip(nn.Module):
         return pad(self.linear(own), (0, 0, 0, self.missing))  # [N, M, C]
 
 
-# ─── §7 Grid layer ────────────────────────────────────────────────────────────────────────────────
+# ─── §7 Grid layer ───
 
 
 class GridLayer(nn.Module):
@@ -821,7 +817,7 @@ class SiluGrid(GridLayer):
         return x + self.W3(self.from_grid(values))  # [N, M, C]
 
 
-# ─── §8 The network ───────────────────────────────────────────────────────────────────────────────
+# ─── §8 The network ───
 
 
 class Layer(nn.Module):
@@ -857,8 +853,8 @@ class Facet(nn.Module):
 
     The first layer takes scalars (the embedded species), the last gives scalars (the energy), those
     between carry degrees 0 … L. Each layer sees one cutoff further. What the network makes of an
-    atom without neighbours, h_alone, is subtracted, so that the energy of an isolated atom is E0:
-    a lone atom of each species that is present rides along in every batch.
+    atom without neighbours, h_alone, is subtracted, so that an isolated atom has E0: a lone atom of
+    each species that is present rides along in every batch.
     """
 
     def __init__(self, config: Config, dtype: torch.dtype = torch.float32):
@@ -951,7 +947,7 @@ class Facet(nn.Module):
         return {name: value.detach() for name, value in out.items()}
 
 
-# ─── §9 Use: files and the ASE calculator ─────────────────────────────────────────────────────────
+# ─── §9 Use: files and the ASE calculator ───
 
 
 PER_CRYSTAL = ("energy", "virial", "stress")  # outputs with a row per crystal; others: per atom
@@ -960,8 +956,8 @@ PER_CRYSTAL = ("energy", "virial", "stress")  # outputs with a row per crystal; 
 def save(model: Facet, path: str | Path, **more) -> None:
     """Write tensors, the plain config and `more` to path.
 
-    A temporary file, safe on the disk, is renamed into place: whatever happens, path holds the old
-    checkpoint or the new one. Raises OSError when the disk is full or path cannot be written.
+    A temporary file, safe on the disk, is renamed into place: path always holds the old checkpoint
+    or the new one. Raises OSError when the disk is full or path cannot be written.
     """
     content = {"facet": 1, "config": asdict(model.config), "state": model.state_dict(), **more}
     memory = io.BytesIO()  # torch.save itself would hide what is wrong with a disk
@@ -980,10 +976,9 @@ def save(model: Facet, path: str | Path, **more) -> None:
 
 def check_names(path: str | Path, kind: str, found, wanted) -> None:
     """Raise ValueError for the first name that a checkpoint lacks, or has too many."""
-    for name in wanted:
+    for name in [*wanted, *found]:
         if name not in found:
             raise ValueError(f"{path}: has no {kind} {name}")
-    for name in found:
         if name not in wanted:
             raise ValueError(f"{path}: has a {kind} {name} that this version does not know")
 
@@ -992,8 +987,8 @@ def check_names(path: str | Path, kind: str, found, wanted) -> None:
 def load(path: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> Facet:
     """The model that `save` wrote, ready for use (`.eval()`).
 
-    Raises FileNotFoundError, or ValueError for a file that is not a Facet checkpoint and for one of
-    another version, whose fields or tensors do not fit: it says which.
+    Raises FileNotFoundError, and ValueError for a file that is no Facet checkpoint, or whose fields
+    or tensors do not fit this version: it says which.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; train_small.py writes "
@@ -1016,9 +1011,9 @@ def load(path: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> 
     own = model.state_dict()
     check_names(path, "tensor", state, own)
     for name, tensor in own.items():
-        if np.shape(state[name]) != tensor.shape:
-            raise ValueError(f"{path}: tensor {name} has shape {[*np.shape(state[name])]}, "
-                             f"not {[*tensor.shape]}")
+        shape = [*np.shape(state[name])]
+        if shape != [*tensor.shape]:
+            raise ValueError(f"{path}: tensor {name} has shape {shape}, not {[*tensor.shape]}")
     model.load_state_dict(state)
     return model.to(device).eval()
 

@@ -32,7 +32,7 @@ from scipy.integrate import lebedev_rule
 from scipy.interpolate import BSpline
 from scipy.special import expit, sph_harm_y
 
-# ─── §1 Crystals to neighbours ────────────────────────────────────────────────────────────────────
+# ─── §1 Crystals to neighbours ───
 
 
 def neighbours(positions, cell, pbc, cutoff):
@@ -92,7 +92,7 @@ def neighbours(positions, cell, pbc, cutoff):
     )
 
 
-# ─── §2 Radial functions ──────────────────────────────────────────────────────────────────────────
+# ─── §2 Radial functions ───
 
 
 def radial_splines(r, coefficients, first_knot, cutoff):
@@ -140,7 +140,7 @@ def repulsion(r, charge_i, charge_j, end):
     return coulomb * xi * switch
 
 
-# ─── §3 Real spherical harmonics ──────────────────────────────────────────────────────────────────
+# ─── §3 Real spherical harmonics ───
 
 
 def row(l, m):
@@ -173,7 +173,7 @@ def harmonics(vectors, L):
     return Y
 
 
-# ─── §4 The grid and the coupling ─────────────────────────────────────────────────────────────────
+# ─── §4 The grid and the coupling ───
 
 
 @lru_cache(maxsize=None)
@@ -256,7 +256,7 @@ def paths_to(l3, l_in, L):
     return found
 
 
-# ─── §5 Density: edge by edge ─────────────────────────────────────────────────────────────────────
+# ─── §5 Density: edge by edge ───
 
 
 def messages(h, dst, src, phi, Y, l_in, l_out, mean_neighbours):
@@ -295,7 +295,7 @@ def messages(h, dst, src, phi, Y, l_in, l_out, mean_neighbours):
     return A
 
 
-# ─── §6 Mixing and skip connection ────────────────────────────────────────────────────────────────
+# ─── §6 Mixing and skip connection ───
 
 
 def mix(A, W):
@@ -343,7 +343,7 @@ def skip(h, species, a, W, l_out):
     return carried
 
 
-# ─── §7 Grid layer ────────────────────────────────────────────────────────────────────────────────
+# ─── §7 Grid layer ───
 
 
 @lru_cache(maxsize=None)
@@ -427,7 +427,7 @@ def silu_grid(x, W1, W3, b, exact_degree):
     return x + linear(f, W3)  # [N, M, C]
 
 
-# ─── §8 The network ───────────────────────────────────────────────────────────────────────────────
+# ─── §8 The network ───
 
 
 def features(config, state, species, dst, src, phi, Y):
