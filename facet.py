@@ -126,9 +126,11 @@ class Config:
         if self.activation not in ("product", "silu"):
             raise ValueError(f'activation must be "product" or "silu", not "{self.activation}"')
 
-        if not (0 <= self.first_knot < self.cutoff and self.mean_neighbours > 0):
-            raise ValueError("first_knot must lie between 0 and the cutoff "
-                             f"({self.cutoff} Å), mean_neighbours above 0")
+        if not 0 <= self.first_knot < self.cutoff:
+            raise ValueError(f"first_knot must lie between 0 and the cutoff ({self.cutoff} Å)")
+
+        if min(self.mean_neighbours, self.energy_scale) <= 0:
+            raise ValueError("mean_neighbours and energy_scale must be above 0")
 
         for per_species in (self.reference_energies, self.core):
             if len(per_species) not in (0, len(self.species)):

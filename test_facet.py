@@ -2311,6 +2311,7 @@ def test_outputs_have_their_shapes_and_dtypes(dtype):
     ("could not convert string to float", {"reference_energies": ("a", "b", "c")}),
     ("first_knot", {"first_knot": np.inf}), ("first_knot", {"cutoff": 0.0}),
     ("mean_neighbours", {"mean_neighbours": -3.0}), ("multiple of groups", {"channels": -6}),
+    ("energy_scale", {"energy_scale": 0.0}), ("energy_scale", {"energy_scale": -1.0}),
     ("at least", {"layers": -2}), ("one number per species", {"core": (1.0,) * 4}),
     ("core must be a tuple of items, not 1.0", {"core": 1.0}),
     ("reference_energies must be a tuple of items, not '12'", {"reference_energies": "12"}),
