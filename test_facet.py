@@ -2317,7 +2317,7 @@ def test_outputs_have_their_shapes_and_dtypes(dtype):
     ("reference_energies must be a tuple of items, not '12'", {"reference_energies": "12"}),
     ("species must be a tuple of items", {"species": (("Si", "O"), ("Cu", "H"))}),
     ("species must be a tuple of items", {"species": None}),
-    ("chemical symbols", {"species": (14, 8, 29)}), ("chemical symbols", {"species": ("X", "")}),
+    ("chemical symbols", {"species": (14, 8, 29)}), ("chemical symbols", {"species": ("X", "Si")}),
     ("channels must be of type int, not inf", {"channels": np.inf}),
     ("layers must be of type int, not nan", {"layers": np.nan}),
     ("groups must be of type int, not '3'", {"groups": "3"}),
