@@ -109,7 +109,7 @@ class Config:
         if not np.isfinite(numbers).all():
             raise ValueError(f"every number must be finite, but there are {numbers}")
 
-        known = (atomic_numbers.keys() - {"X"}) & self.species  # X is ASE's name for no element
+        known = set(self.species) & atomic_numbers.keys() - {"X"}  # ASE's name for no element
         if not self.species or len(known) < len(self.species):
             raise ValueError("species must be different chemical symbols, such as ('Si', 'O'), "
                              f"not {self.species}")
