@@ -29,6 +29,7 @@ import facet
 import reference_numpy
 import test_facet
 import train_small
+from test_facet import one_thread  # noqa: F401, holds for every test here
 
 ROOT = Path(__file__).resolve().parent.parent
 FRONT = ROOT / "README.md"
@@ -45,15 +46,6 @@ def text_of(page: Path) -> str:
 
 def named(page: Path) -> str:
     return str(page.relative_to(ROOT))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The models are tiny: a second thread would only wait."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # ─── Code in the pages ────────────────────────────────────────────────────────────────────────────

@@ -31,7 +31,7 @@ from scipy.spatial.transform import Rotation
 
 import facet as yours
 import tools.relax
-from test_facet import wigner
+from test_facet import one_thread, wigner  # noqa: F401, one_thread holds for every test
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -66,15 +66,6 @@ ALONG_AXES = Atoms("SiOCuSi", [[0, 0, 0], [0, 0, 1.9], [2.1, 0, 0], [0, -2.3, 0]
 
 
 # ─── Helpers ──────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The models are tiny: a second thread would only wait."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def numbers(values) -> np.ndarray:
