@@ -45,7 +45,7 @@ from torch.nn.functional import smooth_l1_loss
 
 import facet
 from tools import report
-from tools.frames import BadInput, Frames, load, print_to_stderr, sample
+from tools.frames import BadInput, Frames, load, neighbours, print_to_stderr, sample
 from tools.suspicions import robust_fit, robust_scale
 
 MPTRJ = [s for s in chemical_symbols[1:95] if s not in ("Po", "At", "Rn", "Fr", "Ra")]  # its 89
@@ -215,14 +215,6 @@ def shortest_distances(graphs: list[facet.Neighbours]) -> dict[tuple[int, int], 
             distance = float(r[(pair == (i, j)).all(1)].min())
             shortest[i, j] = min(distance, shortest.get((i, j), np.inf))
     return shortest
-
-
-def neighbours(atoms, config: facet.Config) -> facet.Neighbours:
-    """facet.find_neighbours, with the frame's name in the message. Raises BadInput."""
-    try:
-        return facet.find_neighbours(atoms, config)
-    except ValueError as error:
-        raise BadInput(f"{atoms.info['source']}: {error}") from None
 
 
 def statistics(frames: Frames, s: Settings) -> facet.Config:

@@ -35,6 +35,7 @@ from ase import Atoms, units
 from ase.data import chemical_symbols
 from ase.neighborlist import neighbor_list
 
+import facet
 from tools import emt, suspicions
 from tools.json_layouts import frames_of_json, open_text, stream
 from tools.labels import (
@@ -192,6 +193,15 @@ def iread(path: str | Path, names: Names = USUAL,
         raise BadInput(f"{path}, frame {count}: cannot be read, {cure} ({reason})") from error
     if count == 0:
         raise BadInput(f"{path}: holds no structures")
+
+
+def neighbours(atoms: Atoms, config: facet.Config) -> facet.Neighbours:
+    """facet.find_neighbours, with the frame's name in the message. Raises BadInput."""
+    try:
+        return facet.find_neighbours(atoms, config)
+    except ValueError as error:
+        name = atoms.info.get("source", atoms.symbols)
+        raise BadInput(f"{name}: {error}") from None
 
 
 def expand(patterns: Iterable[str | Path]) -> list[str]:

@@ -23,7 +23,7 @@ from ase.stress import voigt_6_to_full_3x3_stress
 
 import facet
 from tools import panels, physics
-from tools.frames import BadInput, load, sample
+from tools.frames import BadInput, load, neighbours, sample
 
 SAMPLE = 5000  # test structures, evenly spread, that stand for all in a large test set
 GROUPS = 20  # lines of groups at most
@@ -33,11 +33,14 @@ GROUPS = 20  # lines of groups at most
 
 
 def predict(model: facet.Facet, frames, batch_atoms: int = 256) -> list[dict]:
-    """Energy (eV), forces [N, 3] and stress [3, 3] (nan where there is no volume), in order."""
+    """Energy (eV), forces [N, 3] and stress [3, 3] (nan where there is no volume), in order.
+
+    Raises BadInput, with the frame's name, for broken geometry.
+    """
     out = []
     for start in range(0, len(frames), 1000):
         some = [frames[i] for i in range(start, min(start + 1000, len(frames)))]
-        graphs = [facet.find_neighbours(atoms, model.config) for atoms in some]
+        graphs = [neighbours(atoms, model.config) for atoms in some]
         for atoms, results in zip(some, facet.evaluate(model, graphs, batch_atoms), strict=True):
             out.append(complete(results, len(atoms)))
     return out
@@ -156,7 +159,7 @@ class PairPotential:
 
     def rows(self, atoms: ase.Atoms) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Energy [Z+R], forces [3N, Z+R], stress [9, Z+R], linear in the E0 and the spline."""
-        graph = facet.find_neighbours(atoms, self.config)
+        graph = neighbours(atoms, self.config)
         Z = len(self.config.species)
 
         # the B-splines and their slopes at all distances

@@ -17,7 +17,7 @@ from ase.stress import voigt_6_to_full_3x3_stress
 
 import facet
 from tools import emt, physics, report
-from tools.frames import read
+from tools.frames import BadInput, read
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = facet.Config(
@@ -184,6 +184,14 @@ def test_predictions_of_thousands_of_frames_are_complete_and_in_order(model):
         alone, = report.predict(model, [frames[i]])
         assert found[i]["energy"] == pytest.approx(alone["energy"], rel=1e-6)
     assert found[0]["energy"] != pytest.approx(found[2002]["energy"], rel=1e-3)
+
+
+def test_broken_geometry_is_named_by_its_frame(model):
+    frames = [ase.Atoms("Cu2", [[0, 0, 0], [0, 0, d]], info={"source": f"valid.xyz, frame {i}"})
+              for i, d in enumerate((2.5, 0.0))]
+    report.predict(model, frames[:1])
+    with pytest.raises(BadInput, match="valid.xyz, frame 1: atoms . and . sit on one spot"):
+        report.predict(model, frames)
 
 
 def test_groups_elements_and_sizes_add_up(crystals, model):
