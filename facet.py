@@ -703,20 +703,60 @@ class Linear(nn.Module):
         return torch.bmm(x.transpose(0, 1), W).transpose(0, 1)  # [N, M, fan_out]
 
 
+def kinship(symbols: tuple[str, ...]) -> Tensor:
+    """How alike elements are, by their places in the periodic table and their radii: [Z, Z].
+
+        K[z, z'] = 0.9 exp(−(Δgroup² + (Δperiod/4)² + (Δradius/0.3 Å)²)/2) + 0.1 [z = z']
+
+    The diagonal is 1. An element resembles those of its column most; the f-block is one column.
+    """
+    number = np.array([atomic_numbers[symbol] for symbol in symbols], int)  # [Z]
+    noble = np.array([0, 2, 10, 18, 36, 54, 86, 118])  # a period ends with each
+    period = np.searchsorted(noble, number)  # [Z] 1 … 7
+    place = number - noble[period - 1]  # [Z] from the left …
+    left = noble[period] - number  # [Z] … and from the right, 0 for noble gases
+    group = np.where((place <= 2) & (left > 0), place, np.maximum(3, 18 - left))  # [Z]
+
+    where = np.stack([group, period / 4, covalent_radii[number] / 0.3], 1)  # [Z, 3]
+    distance = ((where[:, None] - where) ** 2).sum(2)  # [Z, Z] squared
+    return torch.from_numpy(0.9 * np.exp(-distance / 2) + 0.1 * np.eye(len(number)))
+
+
+class SpeciesTable(nn.Module):
+    """C numbers for each species: the rows of √K W, with K of `kinship`.
+
+    W starts random, of unit variance. The rows then have unit variance, too, and the covariance K:
+    elements that are alike begin alike. A step of W moves them together, so what is learned of one
+    element is half learned of its neighbours in the periodic table. The 0.1 is what every element
+    has to itself.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        value, vector = torch.linalg.eigh(kinship(config.species))  # [Z], [Z, Z]
+        root = (vector * value.sqrt()) @ vector.T  # [Z, Z], symmetric: root² = K
+        self.register_buffer("root", root, persistent=False)
+        self.W = randn(len(config.species), config.channels)  # [Z, C]
+
+    def forward(self, species: Tensor) -> Tensor:
+        """species [N] → [N, C]."""
+        return (self.root @ self.W)[species]  # [N, C]
+
+
 class Skip(nn.Module):
     """An atom's own features, carried past the neighbours: (h ⊙ a_z) W_l for species z."""
 
     def __init__(self, l_in: int, l_out: int, config: Config):
         super().__init__()
         shared = min(l_in, l_out)
-        self.a = randn(len(config.species), config.channels)  # [Z, C]
+        self.a = SpeciesTable(config)
         self.linear = Linear(shared, config.channels, config.channels)
         self.shared = (shared + 1) ** 2  # rows that h and the result both have
         self.missing = (l_out + 1) ** 2 - self.shared  # rows that h does not have yet
 
     def forward(self, h: Tensor, species: Tensor) -> Tensor:
         """h [N, (l_in+1)², C], species [N] → [N, (l_out+1)², C]."""
-        own = h[:, :self.shared] * self.a[species][:, None]  # [N, ≤ M, C]
+        own = h[:, :self.shared] * self.a(species)[:, None]  # [N, ≤ M, C]
         return pad(self.linear(own), (0, 0, 0, self.missing))  # [N, M, C]
 
 
@@ -866,7 +906,7 @@ class Facet(nn.Module):
 
         self.splines = RadialSplines(T * config.groups * (L + 1), config)
         self.repulsion = Repulsion(config)
-        self.embedding = randn(Z, C)  # [Z, C]
+        self.embedding = SpeciesTable(config)
         l = [0] + [L] * (T - 1) + [0]
         self.layers = nn.ModuleList(Layer(l[t], l[t + 1], config) for t in range(T))
         self.readout = randn(C, fan_in=C)  # [C]
@@ -899,7 +939,7 @@ class Facet(nn.Module):
 
         # A lone atom of each species that is present follows the N real ones
         species = torch.cat([batch.species, batch.present])  # [N+U]
-        h = self.embedding[species][:, None]  # [N+U, 1, C]
+        h = self.embedding(species)[:, None]  # [N+U, 1, C]
         for layer, phi_t in zip(self.layers, phi):
             h = layer(h, species, index, phi_t, Y)  # [N+U, M, C], the last [N+U, 1, C]
 

@@ -12,6 +12,7 @@ that a mistake would have to be made twice, differently, to go unnoticed:
     §4   coupling               Lebedev quadrature                Gauss-Legendre × equal angles
     §5   messages               sum over neighbours, then couple  couple edge by edge, then sum
     §6   mix, linear, skip      batched matrix products           one small product per row
+         kinship of elements    from noble gases, by arithmetic   a periodic table, as printed
     §7   grid layer, "product"  Lebedev points, all at once       other points, one at a time
          grid layer, "silu"     the same points, all at once      those points, one at a time
     §8   forces, stress         one gradient, through the edges   central differences of the energy
@@ -30,6 +31,7 @@ from ase import units
 from ase.data import atomic_numbers, covalent_radii
 from scipy.integrate import lebedev_rule
 from scipy.interpolate import BSpline
+from scipy.linalg import sqrtm
 from scipy.special import expit, sph_harm_y
 
 # ─── §1 Crystals to neighbours ───
@@ -329,6 +331,49 @@ def linear(x, W):
     return y
 
 
+PERIODIC_TABLE = """
+H  .  .  .  .  .  .  .  .  .  .  .  .  .  .  .  .  He
+Li Be .  .  .  .  .  .  .  .  .  .  B  C  N  O  F  Ne
+Na Mg .  .  .  .  .  .  .  .  .  .  Al Si P  S  Cl Ar
+K  Ca Sc Ti V  Cr Mn Fe Co Ni Cu Zn Ga Ge As Se Br Kr
+Rb Sr Y  Zr Nb Mo Tc Ru Rh Pd Ag Cd In Sn Sb Te I  Xe
+Cs Ba La Hf Ta W  Re Os Ir Pt Au Hg Tl Pb Bi Po At Rn
+Fr Ra Ac Rf Db Sg Bh Hs Mt Ds Rg Cn Nh Fl Mc Lv Ts Og
+"""
+F_BLOCK = {6: "Ce Pr Nd Pm Sm Eu Gd Tb Dy Ho Er Tm Yb Lu",
+           7: "Th Pa U Np Pu Am Cm Bk Cf Es Fm Md No Lr"}
+
+
+def period_and_group(symbol):
+    """Row and column of an element, from 1; the f-block stands in column 3."""
+    for period, line in enumerate(PERIODIC_TABLE.split("\n")[1:-1], start=1):
+        if symbol in line.split():
+            return period, line.split().index(symbol) + 1
+        if symbol in F_BLOCK.get(period, "").split():
+            return period, 3
+
+
+def species_table(symbols, W):
+    """√K W, a row of features for each species: [Z, C]; W [Z, C]. Elements alike have rows alike.
+
+        K[z, z'] = 0.9 exp(−(Δgroup² + (Δperiod/4)² + (Δradius/0.3 Å)²)/2) + 0.1 [z = z']
+    """
+    Z = len(symbols)
+    K = np.zeros((Z, Z))  # [Z, Z]
+    for a, one in enumerate(symbols):
+        for b, other in enumerate(symbols):
+            period_a, group_a = period_and_group(one)
+            period_b, group_b = period_and_group(other)
+            radius_a = covalent_radii[atomic_numbers[one]]  # Å
+            radius_b = covalent_radii[atomic_numbers[other]]  # Å
+
+            apart = (group_a - group_b) ** 2
+            apart += ((period_a - period_b) / 4) ** 2
+            apart += ((radius_a - radius_b) / 0.3) ** 2
+            K[a, b] = 0.9 * exp(-apart / 2) + 0.1 * (a == b)
+    return np.real(sqrtm(K)) @ W  # [Z, C]
+
+
 def skip(h, species, a, W, l_out):
     """An atom's own features, scaled by its species z: (h ⊙ a_z) W_l.
 
@@ -439,7 +484,8 @@ def features(config, state, species, dst, src, phi, Y):
     L = config["degree"]
     out = {"A": [], "message": [], "skip": [], "h": []}
 
-    h = state["embedding"][species][:, None]  # [N, 1, C]
+    symbols = config["species"]
+    h = species_table(symbols, state["embedding.W"])[species][:, None]  # [N, 1, C]
     for t in range(T):
         # Scalars come in, scalars go out
         l_in = 0 if t == 0 else L
@@ -451,7 +497,7 @@ def features(config, state, species, dst, src, phi, Y):
         message = mix(A, W)  # [N, (l_out+1)², C]
 
         # What the atom has itself
-        a = state[f"layers.{t}.skip.a"]  # [Z, C]
+        a = species_table(symbols, state[f"layers.{t}.skip.a.W"])  # [Z, C]
         carried = skip(h, species, a, state[f"layers.{t}.skip.linear.W"], l_out)
         x = (message + carried) / sqrt(2)  # [N, (l_out+1)², C]
 

@@ -1098,7 +1098,7 @@ def run_main(monkeypatch, capsys, *words) -> tuple[int, str]:
 
 
 def test_command_prints_the_table_and_says_what_is_wrong(monkeypatch, capsys, tmp_path):
-    facet.save(build(), tmp_path / "model.pt")
+    facet.save(build(energy_scale=0.2), tmp_path / "model.pt")  # forces as those of a crystal
     code, text = run_main(monkeypatch, capsys, "--calculator", str(tmp_path / "model.pt"))
     assert code == 0 and "all is right" in text and text.count("rotation ") == 2
     ase.io.write(tmp_path / "crystal.xyz", TRICLINIC)
@@ -1281,9 +1281,10 @@ def test_only_species_that_are_present_matter():
     few = facet.Facet(replace(CONFIG, species=("Si", "O"), reference_energies=reference),
                       torch.float64)
     state = dict(build().state_dict())
-    for name, tensor in state.items():
-        if tensor.shape == (3, CONFIG.channels) and (name == "embedding" or name.endswith(".a")):
-            state[name] = tensor[rows]
+    tables = {name for name, part in few.named_modules() if isinstance(part, facet.SpeciesTable)}
+    for name in tables:  # the same rows, of another W
+        table = build().get_submodule(name)(torch.tensor(rows))  # [2, C]
+        state[f"{name}.W"] = torch.linalg.solve(few.get_submodule(name).root, table)
     few.load_state_dict(state)
     want = outputs(build(), SMALL)
     for name, found in outputs(few, SMALL).items():
@@ -1360,6 +1361,32 @@ def test_supercell_of_up_to_500_atoms_has_the_energy_of_its_copies(times, activa
     calculator = tiny_calculator(activation=activation, layers=2)
     holds(supercell, single, calculator=calculator, times=times)
     differ("stress", value(calculator, single, "stress"), np.zeros((3, 3)))
+
+
+def test_kinship_follows_the_periodic_table():
+    """All elements, against the printed table; √K is its root; columns are nearer than rows."""
+    every = tuple(chemical_symbols[1:])
+    root = reference_numpy.species_table(every, np.eye(len(every)))
+    K = facet.kinship(every).numpy()
+    same("K", K, root @ root)
+    same("K of itself", np.diag(K), np.ones(len(every)))
+    same("K both ways", K, K.T)
+    differ("K of strangers", K, np.eye(len(every)))
+    of = dict(zip(every, K))
+    number = atomic_numbers
+    for one, near, far in (("Nb", "Ta", "Mo"), ("Cl", "Br", "S"), ("La", "Ce", "Hf"),
+                           ("Mg", "Ca", "Na"), ("He", "Ne", "Be"), ("Al", "Ga", "Mg")):
+        assert of[one][number[near] - 1] > of[one][number[far] - 1], f"{one}, {near}, {far}"
+
+    # The table of a model: rows in the order of its species, whose covariance is K
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        table = facet.SpeciesTable(facet.Config(("Ta", "O", "Nb"), channels=4096))
+    rows = table(torch.tensor([0, 1, 2, 2])).detach().numpy()  # [4, C]
+    want = facet.kinship(("Ta", "O", "Nb", "Nb")).numpy()
+    want[2, 3] = want[3, 2] = 1.0  # the same species
+    assert np.abs(rows @ rows.T / 4096 - want).max() < 0.1
+    assert want[0, 2] > 0.8 and want[0, 1] < 0.1
 
 
 @pytest.mark.parametrize("count", (1, 3, 89))
@@ -1777,7 +1804,7 @@ def start_moments(fan_in=None) -> dict[str, np.ndarray]:
                                         species=tuple(chemical_symbols[1:31]),
                                         reference_energies=(), mean_neighbours=40.0), torch.float64)
         N, K, C, M = 300, 40, 64, 9
-        found["embedding"] = moment(model.embedding[:, None])
+        found["embedding"] = moment(model.embedding(torch.arange(30))[:, None])
         x = draw(N, M, C)
         found["readout"] = moment((x[:, :1] @ model.readout)[..., None])
         species = torch.randint(30, (N,), generator=g)
@@ -1873,7 +1900,7 @@ def test_ladder_breaks_where_the_model_is_another():
     model = copy.deepcopy(build())
     want = reference_numpy.evaluate
     with torch.no_grad():
-        model.layers[1].skip.a[0] += 0.5
+        model.layers[1].skip.a.W[0] += 0.5
     with mock.patch.object(reference_numpy, "evaluate", lambda config, state, *crystal: want(
             config, {n: w.numpy() for n, w in build().state_dict().items()}, *crystal)):
         steps = ladder(model, SMALL)
@@ -1942,7 +1969,7 @@ def test_broken_checkpoint_is_refused_in_one_sentence(tmp_path):
     ("has no tensor readout", "state", {"readout": None}),
     ("has no tensor layers.1.mix.W.2", "state", {"layers.1.mix.W.2": None}),
     ("has a tensor dipole that this version does not know", "state", {"dipole": torch.ones(6)}),
-    ("tensor embedding has shape [4, 6], not [3, 6]", "state", {"embedding": torch.ones(4, 6)}),
+    ("tensor embedding.W has shape [4, 6], not [3, 6]", "state", {"embedding.W": torch.ones(4, 6)}),
     ("tensor readout has shape [], not [6]", "state", {"readout": torch.tensor(1.0)}),
     ("tensor readout has shape [12], not [6]", "state", {"readout": torch.ones(12)}),
     ("has no field cutoff", "config", {"cutoff": None}),

@@ -102,7 +102,7 @@ class Settings:
     batch_atoms: int = setting(0, "atoms per step; 0: those of ten structures, at most 256", 0)
     lr: float = setting(5e-3, "highest learning rate of AdamW", above=0)
     muon_lr: float = setting(1e-2, "highest learning rate of Muon, for matrices that mix", above=0)
-    muon_decay: float = setting(1.0, "weight decay of Muon, against learning the set by heart", 0)
+    muon_decay: float = setting(0.3, "weight decay of Muon, against learning the set by heart", 0)
     ema: float = setting(0.99, "averaging of the weights that are tested and saved, below 1", 0)
     energy_weight: float = setting(1.0, "of the energy loss in the end; forces have 1", above=0)
     stress_weight: float = setting(0.1, "of the stress loss; 0: labels are not used", 0)
