@@ -48,6 +48,8 @@ from tools import report
 from tools.frames import BadInput, Frames, load, neighbours, print_to_stderr, sample
 from tools.suspicions import robust_fit, robust_scale
 
+EPOCHS = 40          # times through the data, unless told otherwise …
+STEPS = 10_000       # … and for molecules, whose frames are small, at least so many steps
 MPTRJ = [s for s in chemical_symbols[1:95] if s not in ("Po", "At", "Rn", "Fr", "Ra")]  # its 89
 WEIGHT_DECAY = 1e-3  # of AdamW
 CLIP = 1.0           # longest gradient allowed
@@ -82,7 +84,7 @@ class Settings:
 
     # Run
     name: str = setting("", "results go to runs/NAME; by default the name of the first file")
-    epochs: float = setting(0.0, "times through the data; 0: 40, or 25 for the embedded set", 0)
+    epochs: float = setting(0.0, "times through the data; 0: 40, more for molecules", 0)
     steps: int = setting(0, "number of steps, instead of epochs", 0)
     minutes: float = setting(0.0, "end by the clock, if epochs do not end before; 0: never", 0)
     seed: int = setting(0, "of the weights, the order of the data and the splits", 0)
@@ -550,7 +552,7 @@ def train(model: facet.Facet, frames: Frames, valid: Frames, s: Settings, folder
     budget = (s.batch_atoms or ten_structures(frames)) * crowd.mean()
     plans = epochs(atoms, crowd, budget, s.seed)
     in_epoch = len(next(epochs(atoms, crowd, budget, s.seed)))
-    steps = s.steps or math.ceil(s.epochs * in_epoch)
+    steps = length_of(frames, s, in_epoch)
     workers = s.workers
     if workers < 0:
         workers = 0 if samples.graphs is not None else max(1, os.cpu_count() // team.size - 1)
@@ -654,6 +656,14 @@ def train(model: facet.Facet, frames: Frames, valid: Frames, s: Settings, folder
         "train_seconds": elapsed(), "steps": step, "padding": 1 - edges / max(1, slots),
         "time": {"model and optimisers": 1 - (waited + watching) / spent,
                  "waiting for data": waited / spent, "tests and checkpoints": watching / spent}}
+
+
+def length_of(frames: Frames, s: Settings, in_epoch: int) -> int:
+    """Steps of a training, of which an epoch has `in_epoch`."""
+    if s.steps or s.epochs:
+        return s.steps or math.ceil(s.epochs * in_epoch)
+    molecules = not any(atoms.pbc.any() for atoms in sample(frames))
+    return max(EPOCHS * in_epoch, STEPS if molecules else 0)
 
 
 def ten_structures(frames: Frames) -> int:
@@ -760,7 +770,7 @@ def train_and_report(s: Settings, out: Path, resume: Path | None, command: str, 
     resumed = checkpoint(resume) if resume else None
     out = resume.parent if resume else out
     out.mkdir(parents=True, exist_ok=True)
-    s = replace(s, epochs=s.epochs or (40 if s.train else 25),
+    s = replace(s, epochs=s.epochs or (0 if s.train else 25),
                 name=s.name or (Path(s.train[0].replace("*", "")).stem if s.train else "emt"))
 
     # Data; the first process goes ahead, so that whatever must be made is made once

@@ -20,39 +20,72 @@ FIGURES = ROOT / "benchmarks" / "figures"
 WORK = ROOT / "runs" / "benchmarks"  # what is converted, trained or compiled on the way
 sys.path.insert(0, str(ROOT))  # facet.py and train_small.py are not installed
 
-# Within the folder of data that --data names; {} is train or test
+# Files to train on, and files to test on by name, within the folder that --data names
 SETS = {
-    "Si": "mlearn/Si_{}.extxyz",
-    "Li": "mlearn/Li_{}.extxyz",
-    "crystals": "crystals/crystals_{}.json.gz",
+    "Si": (["mlearn/Si_train.extxyz"], {"Si": "mlearn/Si_test.extxyz"}),
+    "Li": (["mlearn/Li_train.extxyz"], {"Li": "mlearn/Li_test.extxyz"}),
+    "AcAc": (["acac/train_300K.xyz", "acac/isolated_atoms.xyz"],
+             {"AcAc, 300 K": "acac/test_MD_300K.xyz", "AcAc, 600 K": "acac/test_MD_600K.xyz"}),
+    "NbMoTaW": (["nbmotaw/train_13k.xyz"],
+                {"NbMoTaW, elements": "nbmotaw/test_elements.xyz",
+                 "NbMoTaW, binaries": "nbmotaw/test_binaries.xyz",
+                 "NbMoTaW, quaternaries": "nbmotaw/test_multinary.xyz"}),
+    "MPtrj": (["mptrj_train.extxyz"], {"MPtrj": "mptrj_test.extxyz"}),  # made by `tenths`
+    "crystals": (["crystals/crystals_train.json.gz"],
+                 {"crystals": "crystals/crystals_test.json.gz"}),
 }
 
 
 # ─── Data and crystals ───────────────────────────────────────────────────────────────────────────
 
 
-def data_files(data: Path, name: str) -> dict[str, Path]:
-    """The files of a set to train and to test on; JSON is converted to a database once, in WORK."""
-    files = {}
-    for part in ("train", "test"):
-        path = (data / SETS[name].format(part)).resolve()
-        if ".json" in path.name:
+def tenths(data: Path) -> None:
+    """A thousand frames of MPtrj, whole materials at a time: 8 tenths to train on, 1 each to
+    validate and to test. Written to WORK, once.
+    """
+    import ase.io
+
+    if (WORK / "mptrj_test.extxyz").exists():
+        return
+    frames = ase.io.read(data / "mptrj1k" / "mptrj-random-1k.xyz", ":")
+    material = np.array([atoms.info["mptrj_traj_id"] for atoms in frames])
+    shuffled = np.random.default_rng(0).permutation(np.unique(material))
+    parts = np.array_split(shuffled, 10)
+    WORK.mkdir(parents=True, exist_ok=True)
+    for name, members in (("train", parts[:8]), ("valid", parts[8:9]), ("test", parts[9:])):
+        rows = np.flatnonzero(np.isin(material, np.concatenate(members)))
+        ase.io.write(WORK / f"mptrj_{name}.extxyz", [frames[row] for row in rows])
+
+
+def data_files(data: Path, name: str) -> tuple[list[Path], dict[str, Path]]:
+    """Files of a set to train on, and those to test on by name.
+
+    JSON is converted to a database once, in WORK; MPtrj is split there.
+    """
+    def ready(path: str) -> Path:
+        if path.startswith("mptrj_"):
+            tenths(data)
+            return WORK / path
+        if ".json" in path:
             from tools import database
 
             WORK.mkdir(parents=True, exist_ok=True)
-            converted = WORK / f"{name}_{part}.db"
-            database.convert([str(path)], str(converted))
-            path = converted
-        files[part] = path
-    return files
+            converted = WORK / Path(path).with_suffix("").with_suffix(".db").name
+            database.convert([str((data / path).resolve())], str(converted))
+            return converted
+        return (data / path).resolve()
+
+    train, tests = SETS[name]
+    return [ready(path) for path in train], {label: ready(path) for label, path in tests.items()}
 
 
 def read_set(data: Path, name: str) -> tuple:
     """The frames of a set to train and to test on (tools.frames.Frames)."""
     from tools import frames
 
-    files = data_files(data, name)
-    return frames.read([str(files["train"])]), frames.read([str(files["test"])])
+    train, tests = data_files(data, name)
+    return frames.read([str(path) for path in train]), frames.read(
+        [str(path) for path in tests.values()])
 
 
 def rattled(crystal: ase.Atoms, distance: float) -> ase.Atoms:

@@ -124,7 +124,7 @@ def test_training_learns_and_writes_its_files(tmp_path):
     assert content["step"] == 80
     for name, averaged in content["averaged"].items():
         same(name, model.state_dict()[name], averaged, "exact")
-    assert largest(content["state"]["embedding"], model.embedding)[0] > 1e-6, "no average"
+    assert largest(content["state"]["embedding.W"], model.embedding.W)[0] > 1e-6, "no average"
 
 
 def test_log_watches_validation_by_the_saved_model_and_never_the_test_set(tmp_path):
@@ -167,9 +167,9 @@ def test_log_watches_fifty_frames_from_all_of_validation(tmp_path):
     assert len(train_small.Log(tmp_path, frames[:20], 0).watched) == 20
 
 
-def test_epochs_are_forty_or_twentyfive_for_the_embedded_set_and_may_be_parts(tmp_path):
+def test_length_of_a_training(tmp_path):
     frames = frames_of(tmp_path, copper(6))
-    for train, epochs, want in ((("data.extxyz",), 0.0, 40), ((), 0.0, 25), ((), 3.0, 3)):
+    for train, epochs, want in ((("data.extxyz",), 0.0, 0), ((), 0.0, 25), ((), 3.0, 3)):
         s = train_small.Settings(train=train, epochs=epochs, name="e")
         parts = (frames, frames[:0], frames[:0])
         with mock.patch.object(train_small, "load", lambda *_, parts=parts: parts), \
@@ -179,6 +179,19 @@ def test_epochs_are_forty_or_twentyfive_for_the_embedded_set_and_may_be_parts(tm
         assert called.call_args.args[3].epochs == want
     result = run(tmp_path, steps=0, epochs=2.5, batch_atoms=1000, valid=("0",), test=("0",))
     assert result["steps"] == 3
+
+    # Molecules are small: an epoch of them is short, and they get many
+    s = train_small.Settings()
+    assert train_small.length_of(frames, s, 7) == 40 * 7
+    assert train_small.length_of(frames, train_small.Settings(epochs=2.0), 7) == 14
+    assert train_small.length_of(frames, train_small.Settings(epochs=2.0, steps=3), 7) == 3
+    crystals = copper(6)
+    for crystal in crystals:
+        crystal.pbc = False
+    molecules = frames_of(tmp_path, crystals)
+    assert train_small.length_of(molecules, s, 7) == 10_000
+    assert train_small.length_of(molecules, s, 1000) == 40_000
+    assert train_small.length_of(molecules, train_small.Settings(epochs=2.0), 7) == 14
 
 
 def test_padding_equals_that_by_hand(tmp_path):
@@ -282,7 +295,7 @@ def test_seed_gives_the_first_weights(tmp_path):
 
     def keep(model, path, **more):
         if more.get("step") == 0:
-            found.append(model.embedding.detach().clone())
+            found.append(model.embedding.W.detach().clone())
         save(model, path, **more)
     with mock.patch.object(facet, "save", keep):
         for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -389,8 +402,8 @@ def test_average_of_the_weights_equals_that_by_hand(tmp_path):
 
     def keep(model, path, **more):
         if "averaged" in more:
-            averaged = more["averaged"]["embedding"].clone()
-            saved.append((more["step"], model.embedding.detach().clone(), averaged))
+            averaged = more["averaged"]["embedding.W"].clone()
+            saved.append((more["step"], model.embedding.W.detach().clone(), averaged))
         save(model, path, **more)
     with mock.patch.object(facet, "save", keep):
         run(tmp_path, steps=20, ema=0.6, lr=0.1)
@@ -569,8 +582,8 @@ def test_two_processes_train_as_one(tmp_path):
     for name in one:
         same(name, two[name], one[name], "bfloat16")
     run(tmp_path, "control", batch_atoms=30, seed=1)
-    differ("weights of another seed", outcome(tmp_path / "control" / "a")[0]["embedding"],
-           one["embedding"])
+    differ("weights of another seed", outcome(tmp_path / "control" / "a")[0]["embedding.W"],
+           one["embedding.W"])
 
 
 # ─── The trainer: statistics ─────────────────────────────────────────────────────────────────────
