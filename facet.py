@@ -12,7 +12,7 @@
     crystal → neighbours (§1) ─┬→ radial splines φ_b(r)  (§2) ┐
                                └→ harmonics Y_lm(r̂)      (§3) ┤
                                                               ↓
-    species → embedding (§8) → features h ────────────→ density (§5) → mix (§6) → + skip (§6)
+    species → embedding (§6) → features h ────────────→ density (§5) → mix (§6) → + skip (§6)
                                        ↑                                             ↓
                                        └─────────── one layer, repeated ─── grid layer (§7)
                                                                                      ↓
@@ -664,7 +664,7 @@ class Density(nn.Module):
         return [a.reshape(-1, Q * C) for a, Q in zip(parts, self.counts)]  # l3 × [N m3, Q C]
 
 
-# ─── §6 Mixing and skip connection ───
+# ─── §6 Mixing, species and skip connection ───
 
 
 def randn(*shape: int, fan_in: int = 1) -> nn.Parameter:
@@ -726,9 +726,9 @@ class SpeciesTable(nn.Module):
     """C numbers for each species: the rows of √K W, with K of `kinship`.
 
     W starts random, of unit variance. The rows then have unit variance, too, and the covariance K:
-    elements that are alike begin alike. A step of W moves them together, so what is learned of one
-    element is half learned of its neighbours in the periodic table. The 0.1 is what every element
-    has to itself.
+    elements that are alike begin alike, and a step of W moves them together. Few data tell much of
+    a rare element; this lets it learn from those above and below it in the periodic table. The 0.1
+    is what an element has to itself.
     """
 
     def __init__(self, config: Config):

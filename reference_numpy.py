@@ -297,7 +297,7 @@ def messages(h, dst, src, phi, Y, l_in, l_out, mean_neighbours):
     return A
 
 
-# ─── §6 Mixing and skip connection ───
+# ─── §6 Mixing, species and skip connection ───
 
 
 def mix(A, W):
