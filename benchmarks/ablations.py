@@ -368,7 +368,8 @@ def check(name: str) -> dict[str, float]:
 @functools.cache
 def dataset(folder: Path, name: str) -> tuple:
     """Frames to train on and to test, and the configuration of the default model."""
-    train, test = read_set(folder, name)
+    train, tests = read_set(folder, name)
+    test = next(iter(tests.values()))
     return train, test, train_small.statistics(train, train_small.Settings())
 
 
@@ -382,7 +383,7 @@ def make_step(name: str, data: tuple, batch_atoms: int) -> Callable:
     crowd = samples.crowd()
     plan = next(train_small.epochs(samples.atoms, crowd, batch_atoms * crowd.mean(), 0))
     _, batch, target = samples[plan[0]]
-    optimizers = train_small.optimizers(model, s)
+    optimizers = train_small.optimizers(model, s, 1000)
     weights = torch.tensor([1.0, 1.0, s.stress_weight])
 
     def step() -> None:

@@ -87,7 +87,8 @@ def trained(name: str, data: Path, out: Path, steps: int) -> tuple[dict[int, fac
     activation, grid_degree = MODELS[name]
     folder = out / f"{name}-{steps}"
     result = folder / "result.json"
-    train, test = read_set(data, "Si")
+    train, tests = read_set(data, "Si")
+    test = tests["Si"]
     settings = train_small.Settings(steps=steps, activation=activation)
     config = train_small.statistics(train, settings)
     config = replace(config, grid_degree=grid_degree)

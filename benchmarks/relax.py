@@ -326,8 +326,8 @@ def main():
     # Crystals: the same ones again, perturbed anew, where the batched run has more
     count, steps = (8, 15) if args.quick else (args.count, STEPS)
     many = max(count, args.batched)
-    _, frames = read_set(args.data, "crystals")
-    frames = list(frames)
+    _, tests = read_set(args.data, "crystals")
+    frames = list(tests["crystals"])
     crystals = []
     for seed in range(-(-many // count)):
         crystals += perturbed(frames, count, seed)
