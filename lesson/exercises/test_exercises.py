@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms, units
-from ase.calculators.calculator import all_properties
+from ase.calculators.calculator import Calculator, all_properties
 from scipy.interpolate import BSpline
 from scipy.spatial.transform import Rotation
 
@@ -43,6 +43,7 @@ TOL = {  # largest allowed difference, in units of the largest wanted value (of 
     "differences": 1e-6,    # central differences; a third derivative may jump at a knot of a spline
     "cutoff": 1e-4,         # 1e-6 Å inside, the curvature has not quite gone; a jump is above 1e-2
     "fit": 0.03,            # functions of size 1 that oscillate, fitted by twelve others
+    "training": 0.2,        # a hundred steps leave less than a hundredth of either loss
     "control": 1e-3,        # what a control must at least differ by
 }
 
@@ -63,6 +64,10 @@ CRYSTAL = Atoms(  # chiral
 )
 MOLECULE = Atoms(CRYSTAL.symbols, CRYSTAL.positions)
 ALONG_AXES = Atoms("SiOCuSi", [[0, 0, 0], [0, 0, 1.9], [2.1, 0, 0], [0, -2.3, 0]])
+CHAIN = Atoms(  # an atom sees only those next to it
+    "SiOCuSiO",
+    [[0, 0, 0], [1.9, 0.6, 0.2], [3.7, 0.2, 0.9], [5.6, 0.8, 0.7], [7.5, 0.4, 1.3]],
+)
 
 
 # ─── Helpers ──────────────────────────────────────────────────────────────────────────────────────
@@ -421,13 +426,19 @@ AS_IT_CAME = (r"splines\.coefficients|embedding\.W|readout|"
 FIVE = dict(species=("Si", "O", "Cu", "H", "He"), reference_energies=(-1.0, 2.0, 0.5, 0.0, 0.0))
 
 
-def receivers(model) -> list[torch.Tensor]:
-    """New parameters with a row for each species, the species first."""
+def per_species(model) -> list[tuple[torch.Tensor, list[int]]]:
+    """New parameters with axes of Z, and which axes these are."""
     found = []
     for name, weights in model.named_parameters():
-        if len(FIVE["species"]) in weights.shape and not re.fullmatch(AS_IT_CAME, name):
-            found.append(weights.movedim(weights.shape.index(len(FIVE["species"])), 0))
+        axes = [axis for axis, size in enumerate(weights.shape) if size == len(FIVE["species"])]
+        if axes and not re.fullmatch(AS_IT_CAME, name):
+            found.append((weights, axes))
     return found
+
+
+def receivers(model) -> list[torch.Tensor]:
+    """New parameters with a row for each species, the species first."""
+    return [weights.movedim(axes[0], 0) for weights, axes in per_species(model) if len(axes) == 1]
 
 
 def find_05(facet):
@@ -462,17 +473,27 @@ def check_05(facet, found):
     check_model(facet, build(facet))
 
 
-def new_output(facet, *shapes: tuple[int, ...]) -> str | None:
-    """Name of an output that facet.py did not come with, for two crystals of 5 and 4 atoms."""
+def new_outputs(facet, *shapes: tuple[int, ...]) -> list[str]:
+    """Names of outputs that facet.py did not come with, for two crystals of 5 and 4 atoms."""
     known = ("energy", "energies", "forces", "virial", "stress")
+    found = []
     for name, values in outputs(facet, build(facet), CRYSTAL, MOLECULE[:4]).items():
         if name not in known and values.shape in shapes:
-            return name
-    return None
+            found.append(name)
+    return found
+
+
+def sums_to_zero(facet, name: str) -> bool:
+    """Do the numbers of a crystal's atoms sum to 0, as the charges of exercise 14 do?"""
+    values = outputs(facet, build(facet), CRYSTAL)[name]
+    return abs(values.sum()) < 1e-9 * np.abs(values).max()
 
 
 def find_06(facet):
-    return new_output(facet, (9,), (9, 1))
+    for name in new_outputs(facet, (9,), (9, 1)):
+        if not sums_to_zero(facet, name):
+            return name
+    return None
 
 
 def check_06(facet, name):
@@ -487,7 +508,7 @@ def check_06(facet, name):
 
 
 def find_07(facet):
-    return new_output(facet, (9, 3))
+    return next(iter(new_outputs(facet, (9, 3))), None)
 
 
 def check_07(facet, name):
@@ -599,12 +620,20 @@ def check_09(facet, kind):
         check_density(facet, kind, CRYSTAL, L)
 
 
+def turns(facet, name: str) -> bool:
+    """Is an output another one where the crystal is turned?"""
+    model = build(facet)
+    here = outputs(facet, model, CRYSTAL)[name]
+    there = outputs(facet, model, rotated(CRYSTAL, ROTATION))[name]
+    return difference(there, here) > 1e-9
+
+
 def find_10(facet):
-    spread = new_output(facet, (2,))
+    spread = next(iter(new_outputs(facet, (2,))), None)
     model = build(facet)
     members = None
     for name, values in outputs(facet, model, CRYSTAL, MOLECULE[:4]).items():
-        if values.ndim == 2 and len(values) == 2 and name not in ("energy", "virial", "stress"):
+        if values.ndim == 2 and len(values) == 2 and not turns(facet, name):
             members = name
     return (members, spread) if members or spread else None
 
@@ -669,9 +698,21 @@ def check_11(facet, kind):
         check_density(facet, with_m2_0_only, atoms, L)
 
 
+def takes_models(facet, kind) -> bool:
+    """Can a calculator be made with a list of models, as that of exercise 15 is?"""
+    models = [build(facet), build(facet, layers=2)]
+    try:
+        kind(models, device="cpu", dtype=torch.float64)
+    except Exception:
+        return False
+    return True
+
+
 def find_12(facet):
     for _, kind in inspect.getmembers(facet, inspect.isclass):
-        if issubclass(kind, facet.FacetCalculator) and kind is not facet.FacetCalculator:
+        if not issubclass(kind, facet.FacetCalculator) or kind is facet.FacetCalculator:
+            continue
+        if not takes_models(facet, kind):
             return kind
     return None
 
@@ -701,6 +742,238 @@ def check_12(facet, kind):
         calculate(CRYSTAL, charges)
 
 
+def pairs(model) -> list[torch.Tensor]:
+    """New parameters with a number for each pair of species, the two species first."""
+    return [weights.movedim(axes, (0, 1)) for weights, axes in per_species(model) if len(axes) == 2]
+
+
+def find_13(facet):
+    return pairs(build(facet, **FIVE)) or None
+
+
+def check_13(facet, found):
+    """The number of a pair of species concerns edges between these two; equal numbers scale φ.
+
+    Whether it matters who of the two receives, is left open: z, w and w, z change together.
+    """
+    model = build(facet, layers=1, **FIVE)
+    graph = facet.find_neighbours(CHAIN, model.config)
+    sees = [set(CHAIN.symbols[graph.src[graph.dst == i]]) for i in range(len(CHAIN))]
+    before = outputs(facet, model, CHAIN)["energies"]
+    for z, one in enumerate(FIVE["species"]):
+        for w, other in enumerate(FIVE["species"][:z + 1]):
+            with torch.no_grad():
+                for numbers_of_pairs in pairs(model):
+                    for a, b in {(z, w), (w, z)}:
+                        numbers_of_pairs[a, b] += 1
+            after = outputs(facet, model, CHAIN)["energies"]
+            for i, symbol in enumerate(CHAIN.symbols):
+                concerned = symbol == one and other in sees[i] or symbol == other and one in sees[i]
+                compare = differ if concerned else same
+                compare(f"energy of atom {i} ({symbol}, sees {', '.join(sorted(sees[i]))}) after a "
+                        f"change for {one} and {other}", after[i], before[i])
+            before = after
+
+    by_spline = build(facet, **FIVE)
+    by_pair = build(facet, **FIVE)
+    with torch.no_grad():
+        for numbers_of_pairs in pairs(by_spline):
+            numbers_of_pairs.fill_(1)
+        for numbers_of_pairs in pairs(by_pair):
+            numbers_of_pairs.fill_(0.7)
+        by_spline.splines.coefficients *= 0.7
+    same("energies after all messages were scaled, by pair or by spline",
+         outputs(facet, by_pair, CRYSTAL)["energies"],
+         outputs(facet, by_spline, CRYSTAL)["energies"])
+
+    start = facet.Facet(facet.Config(**CONFIG | FIVE), torch.float64)
+    for numbers_of_pairs in pairs(start):
+        same("numbers of pairs at the start", numbers_of_pairs, np.ones(numbers_of_pairs.shape),
+             "exact")
+    check_model(facet, build(facet))
+
+
+def find_14(facet):
+    for name in new_outputs(facet, (9,), (9, 1)):
+        if sums_to_zero(facet, name):
+            return name
+    return None
+
+
+def check_14(facet, name):
+    """Charges sum to the total of each crystal, in a batch too; all atoms are shifted alike."""
+    model = build(facet)
+    crystals = [CRYSTAL.copy(), MOLECULE[:4], MOLECULE[1:4], MOLECULE[:1]]
+    totals = [1.5, 0.0, -1.0, 2.0]
+    for atoms, total in zip(crystals, totals):
+        if total:
+            atoms.info["charge"] = total  # without one it is 0
+    charges = outputs(facet, model, *crystals)[name].ravel()
+    parts = np.split(charges, np.cumsum([len(atoms) for atoms in crystals])[:-1])
+    same(f"sums of {name} of crystals in one batch", [part.sum() for part in parts], totals)
+
+    neutral = outputs(facet, model, CRYSTAL)[name].ravel()
+    same(f"{name}, those of the neutral crystal, and a fifth of the total", parts[0],
+         neutral + totals[0] / 5)
+    differ(f"{name} of the neutral crystal, and zero", neutral, np.zeros(5))
+    differ(f"{name} of two atoms of one species", neutral[3], neutral[0])
+    for R in (ROTATION, REFLECTION):
+        turned = outputs(facet, model, rotated(CRYSTAL, R))[name].ravel()
+        same(f"{name} of the turned crystal", turned, neutral)
+
+    charged = crystals[0].copy()
+    charged.calc = facet.FacetCalculator(model, device="cpu", dtype=torch.float64)
+    charged.get_potential_energy()
+    same(f"{name} of the charged crystal in atoms.calc.results",
+         charged.calc.results[name].ravel(), parts[0])
+    check_on_the_way(facet, model, name)
+    check_model(facet, model)
+
+
+def find_15(facet):
+    for _, kind in inspect.getmembers(facet, inspect.isclass):
+        if not issubclass(kind, Calculator) or kind in (Calculator, facet.FacetCalculator):
+            continue
+        if takes_models(facet, kind):
+            return kind
+    return None
+
+
+def check_15(facet, kind):
+    """Means over the models, of forces too, and two spreads, over H − 1, that are invariant."""
+    def results(maker, model, atoms) -> dict:
+        atoms = atoms.copy()
+        atoms.calc = maker(model, device="cpu", dtype=torch.float64)
+        atoms.get_potential_energy()
+        return atoms.calc.results
+
+    def by_committee(models, atoms):
+        return results(kind, models, atoms)
+
+    # Two models that differ by the energies of free atoms only: they agree on forces
+    twins = by_committee([build(facet), build(facet, reference_energies=(0, 0, 0))], CRYSTAL)
+    by_one = results(facet.FacetCalculator, build(facet), CRYSTAL)
+    spreads = [name for name in twins if name not in by_one and np.ndim(twins[name]) == 0]
+    assert len(spreads) == 2, f"new numbers in the results are {spreads}, not two spreads"
+    of_forces, of_energy = sorted(spreads, key=lambda name: twins[name])
+    same("spread of forces of models that differ by E0 only", twins[of_forces], 0)
+    differ("spread of energies of models that differ by E0 only, and zero", twins[of_energy], 0)
+
+    # They need not have the same cutoff or the same order of species
+    models = [build(facet, degree=1, cutoff=3.2), build(facet),
+              build(facet, layers=2, species=("Cu", "Si", "O"))]
+    H = len(models)
+    for atoms in (CRYSTAL, MOLECULE):
+        out = by_committee(models, atoms)
+        each = [results(facet.FacetCalculator, model, atoms) for model in models]
+        for name in ("energy", "free_energy", "energies", "forces", "stress"):
+            assert (name in out) == (name in each[0]), f"{name} in the results of {atoms}"
+            if name in out:
+                same(f"{name}, a mean over the models", out[name],
+                     np.mean([one[name] for one in each], axis=0))
+
+        for R in (ROTATION, REFLECTION):
+            turned = by_committee(models, rotated(atoms, R))
+            for name in spreads:
+                same(f"{name} of the turned crystal", turned[name], out[name])
+
+        energies = np.array([one["energy"] for one in each])  # [H]
+        off = energies - energies.mean()
+        same("spread of energies, squared", out[of_energy] ** 2, (off ** 2).sum() / (H - 1))
+        forces = np.array([one["forces"] for one in each])  # [H, N, 3]
+        off = forces - forces.mean(0)
+        of_atom = (off ** 2).sum((0, 2)) / (H - 1)  # [N]
+        same("largest spread of forces, squared", out[of_forces] ** 2, of_atom.max())
+        differ("spreads of forces of the atoms", of_atom, np.roll(of_atom, 1))
+
+    def calculate(atoms):
+        out = by_committee(models, atoms)
+        return out["energy"], out["forces"]
+
+    check_forces(calculate, CRYSTAL)
+
+
+def find_16(facet):
+    for name in new_outputs(facet, (2, 3)):
+        if turns(facet, name):
+            return name
+    return None
+
+
+def check_16(facet, name):
+    """A vector per crystal that turns along, a sum over its atoms; it can be trained."""
+    model = build(facet)
+    pair = Atoms("SiO", [[0, 0, 0], [0.6, -1.1, 1.3]])
+    crystals = (CRYSTAL, pair, MOLECULE[:4])
+    vectors = outputs(facet, model, *crystals)[name]
+    for R in (ROTATION, REFLECTION):
+        turned = outputs(facet, model, *[rotated(atoms, R) for atoms in crystals])[name]
+        same(f"{name} of the turned crystals", turned, vectors @ R.T)
+        differ(f"{name} of the turned crystals, not turned along", turned, vectors)
+
+    for s, atoms in enumerate(crystals):
+        alone = outputs(facet, model, atoms)[name]
+        same(f"{name} of a crystal by itself", alone, vectors[s:s + 1])
+        differ(f"{name}, and zero", alone, np.zeros((1, 3)))
+    same(f"{name} of an isolated atom", outputs(facet, model, MOLECULE[:1])[name], np.zeros((1, 3)))
+    same(f"part of a pair's {name} across its axis", np.cross(vectors[1], pair.positions[1]),
+         np.zeros(3))
+    far = pair.copy()
+    far.positions += 10 * CUTOFF
+    both = outputs(facet, model, MOLECULE[:4] + far)[name]
+    same(f"{name} of two molecules that do not see each other", both, [vectors[1] + vectors[2]])
+
+    graphs = [facet.find_neighbours(atoms, model.config) for atoms in crystals]
+    for s, result in enumerate(facet.evaluate(model, graphs)):
+        same(f"{name} by evaluate, in a batch", result[name], vectors[s])
+    atoms = CRYSTAL.copy()
+    atoms.calc = facet.FacetCalculator(model, device="cpu", dtype=torch.float64)
+    atoms.get_potential_energy()
+    same(f"{name} in atoms.calc.results", atoms.calc.results[name], vectors[0])
+    if name in all_properties:
+        same(f"{name} by ASE", atoms.calc.get_property(name, atoms), vectors[0])
+
+    check_dipoles_are_learned(facet, name)
+    check_model(facet, model)
+
+
+def check_dipoles_are_learned(facet, name: str) -> None:
+    """Train a tiny model on energies and dipoles of random molecules: both losses must fall."""
+    charges = {"Si": 0.6, "O": -0.8, "Cu": 0.3}  # e
+    rng = np.random.default_rng(3)
+    corners = np.array([[0, 0, 0], [2.1, 0, 0], [0, 2.1, 0], [0, 0, 2.1]])  # Å
+    molecules = []
+    energies = []
+    dipoles = []
+    for _ in range(8):
+        atoms = Atoms(rng.choice(list(charges), 4), corners + rng.uniform(-0.3, 0.3, (4, 3)))
+        charge = np.array([charges[symbol] for symbol in atoms.symbols])  # [N]
+        distance = atoms.get_all_distances()[np.triu_indices(4, 1)]  # of the pairs
+        molecules.append(atoms)
+        energies.append(-np.exp(1 - distance / 2).sum())
+        dipoles.append((charge - charge.mean()) @ atoms.positions)  # no net charge, so no origin
+
+    model = build(facet, reference_energies=(0, 0, 0))
+    graphs = [facet.find_neighbours(atoms, model.config) for atoms in molecules]
+    batch = facet.make_batch(graphs, CUTOFF, torch.float64)
+    wanted = {"energy": torch.tensor(energies), name: torch.from_numpy(np.array(dipoles))}
+
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    history = []
+    for _ in range(100):
+        out = model(batch, differentiable=True)
+        losses = {key: (out[key] - label).square().mean() for key, label in wanted.items()}
+        assert losses[name].requires_grad, f"no gradient of the loss of {name} reaches the weights"
+        history.append({key: float(loss.detach()) for key, loss in losses.items()})
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+
+    for key in wanted:
+        left = history[-1][key] / history[0][key]
+        assert left < TOL["training"], f"{left:.2f} of the loss of {key} is left after training"
+
+
 LOOKED_FOR = {  # exercise: what tells that facet.py holds a solution, under whatever name
     1: "radial basis of which more than four functions are not zero at one distance",
     2: "function of a Config that returns three numbers: points, paths, parameters",
@@ -714,6 +987,10 @@ LOOKED_FOR = {  # exercise: what tells that facet.py holds a solution, under wha
     10: "pair of new outputs of the model for each crystal: one number, and one for each member",
     11: "class whose forward takes what Density.forward takes, and needs G with m2 = 0 alone",
     12: "subclass of FacetCalculator",
+    13: "new parameter of the model with two axes of Z, a number for each pair of species",
+    14: "new output of the model with one number for each atom, of sum 0 where no total is given",
+    15: "calculator that can be made with a list of models, device and dtype",
+    16: "new output of the model for each crystal, three numbers that turn with it",
 }
 
 WRONG = {  # exercise: what is spoilt in its patch, old and new text, what the check must say
@@ -737,6 +1014,14 @@ WRONG = {  # exercise: what is spoilt in its patch, old and new text, what the c
     11: ("z and −z taken for the same", "* sign ** l", "* sign ** (0 * l)", "A of layer"),
     12: ("a force that falls off as 1/r", "half / distance ** 2", "half / distance",
          "central differences"),
+    13: ("the receiver taken for the sender", "batch.species[batch.src]]",
+         "batch.species[:, None]]", "after a change for Si and Si"),
+    14: ("crystals of a batch mixed up", "raw + share[batch.crystal]", "raw + missing.sum() / N",
+         "crystals in one batch"),
+    15: ("the largest component taken for a length", "np.linalg.norm(spread, axis=1).max()",
+         "spread.max()", "of the turned crystal"),
+    16: ("cut off from the weights", '.pop("arrows")', '.pop("arrows").detach()',
+         "reaches the weights"),
 }
 
 
@@ -844,6 +1129,10 @@ OTHER_NAMES = {  # exercise: names of its model solution that a reader may choos
     10: {"members": "votes", "uncertainty": "doubt"},
     11: {"SO2Density": "Aligned"},
     12: {"CoulombCalculator": "Charged"},
+    13: {"pair": "gain"},
+    14: {"charges": "portions"},
+    15: {"CommitteeCalculator": "Panel", "energy_std": "doubt", "force_std": "worst"},
+    16: {"dipole": "arrow", "arrows": "shares"},
 }
 
 
@@ -871,6 +1160,16 @@ def test_exercise_5_accepts_every_right_shape(shape, use):
     shape = shape.replace("Z", "len(config.species)").replace("C", "config.channels")
     patch = patch_of(5).replace("len(config.species), config.channels", shape)
     check(5, patched(patch.replace("self.receiver[species[:N]][:, None]", use)))
+
+
+@pytest.mark.parametrize("shape, use", [
+    ("Z, Z, 1, config.groups, 1", "self.pair"),  # one table for all layers
+    ("Z, Z, 1, 1, 1", "((self.pair + self.pair.transpose(0, 1)) / 2)"),  # unordered pairs
+    ("T, config.groups, L + 1, Z, Z", "self.pair.permute(3, 4, 0, 1, 2)"),
+])
+def test_exercise_13_accepts_every_right_shape(shape, use):
+    patch = patch_of(13).replace("Z, Z, T, config.groups, L + 1", shape)
+    check(13, patched(patch.replace("self.pair[", f"{use}[")))
 
 
 # ─── The page ─────────────────────────────────────────────────────────────────────────────────────
