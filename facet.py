@@ -33,7 +33,7 @@ Conventions
     cell        rows are the lattice vectors; left-handed cells are fine, volume = |det cell|
     edge        dst i ◄────── src j        r_ij = x_j + shift·cell − x_i;  i receives, j is seen
     features    [N, M, C], degree l in rows l² … (l+1)²−1, m = −l … l
-    harmonics   real, mean of Y² over the sphere = 1, l = 1 is √3 (y, z, x)
+    harmonics   real, mean of Y² over the sphere = 1; l = 1, m = −1 0 1 is √3 (y, z, x)
     parity      degree l has parity (−1)^l, so only couplings with even l1 + l2 + l3 exist:
                 the group is O(3), not SO(3)
     stress      +(1/volume) ∂E/∂strain, as ASE: positive means that the crystal wants to shrink
@@ -71,7 +71,7 @@ class Config:
     cutoff: float = 5.0         # Å; atoms further apart do not see each other within one layer
     degree: int = 2             # L; 0 is an invariant network, 1 fast, 2 accurate, 3 for hard cases
     channels: int = 32          # C; the width, cost grows about linearly up to 64
-    layers: int = 3             # T; scalars come in and go out: 3 layers hold one full one
+    layers: int = 3             # T; the first takes scalars, the last gives them: of 3 one is full
     groups: int = 8             # B; channels of a group share radial functions, one per degree
     splines: int = 24           # R; B-splines per radial function, 0.21 Å apart by default
     first_knot: float = 0.0     # Å; the radial axis begins here, best below the shortest distance
@@ -152,7 +152,7 @@ class Neighbours(NamedTuple):
     dst: np.ndarray      # [E] atom that receives
     src: np.ndarray      # [E] atom that is seen
     vectors: np.ndarray  # [E, 3] Å, from dst to the image of src
-    volume: float        # Å³; nan where the cell does not span space, so stress is not defined
+    volume: float        # Å³, periodic or not; nan where the cell spans no space: no stress there
 
 
 class Batch(NamedTuple):
@@ -324,7 +324,8 @@ class RadialSplines(nn.Module):
         coefficients = torch.zeros(config.splines, count, dtype=torch.float64)  # [R, count]
         self.coefficients = nn.Parameter(coefficients)
 
-        # One frequency per group, the same for all degrees and layers
+        # One frequency per group, the same for all degrees and layers; R splines follow those up
+        # to about 2R/3
         frequency = torch.arange(count) // (config.degree + 1) % config.groups + 1  # [count]
 
         def bessel(r: Tensor) -> Tensor:
@@ -920,7 +921,8 @@ class Facet(nn.Module):
         """What the network says of each atom, by name; differentiable in batch.vectors.
 
         "energies" [N] eV, float64, is what forces and stress are made from. Any tensor [N, …] that
-        is added here goes on to `evaluate` and to the calculator's results, split by crystal.
+        is added here goes on to `evaluate` and to the calculator's results, split by crystal. ASE
+        hands it out when FacetCalculator.implemented_properties names it, too.
         """
         N, K = batch.src.shape
         B, L = self.config.groups, self.config.degree
@@ -955,7 +957,8 @@ class Facet(nn.Module):
         """All outputs by name: those of `atomic_outputs`, and
 
         energy [S] eV, forces [N, 3] eV/Å, virial [S, 3, 3] eV, and stress [S, 3, 3] eV/Å³, its
-        quotient by the volume (nan where there is none). One gradient makes them all:
+        quotient by the volume (nan where there is none). One gradient, that for the r_ij, makes
+        them all. (An energy that is not made from r_ij, such as p·V, needs a virial of its own.)
 
             F_i = Σ_j ∂E/∂r_ij − Σ_k ∂E/∂r_ki,    because r_ij = x_j − x_i
             virial = Σ_ij r_ij ⊗ ∂E/∂r_ij,         because a strain ε moves r_ij by ε r_ij
@@ -1077,7 +1080,7 @@ def evaluate(model: Facet, crystals: list[Neighbours], batch_atoms: int = 256) -
 
     for p in np.unique(portion):
         group = alike[portion == p]
-        weights = model.readout
+        weights = next(model.parameters())
         several = [crystals[s] for s in group]
         batch = make_batch(several, model.config.cutoff, weights.dtype).to(weights.device)
         ends = np.cumsum(sizes[group])

@@ -548,6 +548,8 @@ def moments(model, atoms: Atoms) -> list[str]:
     for t in range(model.config.layers):
         stages = []
         for part in ("mix", "skip", "grid"):
+            if (t, part) not in found:
+                continue  # a layer of yours may lack one
             x = found[t, part]
             by_degree = [np.square(x[:, facet.rows_of(l)]).mean() for l in range(isqrt(x.shape[1]))]
             stages.append(part + "".join(f" {moment:5.2f}" for moment in by_degree))
@@ -805,8 +807,8 @@ def build(dtype=torch.float64, seed=0, **changes) -> "facet.Facet":
 
 def batch_of(model, *crystals: Atoms) -> "facet.Batch":
     neighbours = [facet.find_neighbours(atoms, model.config) for atoms in crystals]
-    batch = facet.make_batch(neighbours, model.config.cutoff, model.readout.dtype)
-    return batch.to(model.readout.device)
+    weights = next(model.parameters())
+    return facet.make_batch(neighbours, model.config.cutoff, weights.dtype).to(weights.device)
 
 
 def outputs(model, *crystals: Atoms) -> dict[str, np.ndarray]:

@@ -538,7 +538,7 @@ def train(model: facet.Facet, frames: Frames, valid: Frames, s: Settings, folder
     nothing had happened: the order of the data follows from seed and step, nothing else is random.
     Raises BadInput when the loss is not finite, KeyboardInterrupt when it was told to stop.
     """
-    device = model.readout.device
+    device = next(model.parameters()).device
     averaged = copy.deepcopy(model).requires_grad_(False)
     engine = torch.nn.parallel.DistributedDataParallel(model) if team.size > 1 else model
 
@@ -681,7 +681,7 @@ def ten_structures(frames: Frames) -> int:
 def give_up(model: facet.Facet, samples: Samples, rows, s: Settings, where: str, team: Team):
     """Raise BadInput with the names of the frames whose own loss or gradient is not finite."""
     alone = Samples(samples.frames, samples.config)
-    device = model.readout.device
+    device = next(model.parameters()).device
     names = []
     for i in rows[team.rank::team.size]:
         _, batch, target = alone[np.array([i])]

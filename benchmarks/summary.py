@@ -212,6 +212,17 @@ def relaxation() -> list[str]:
         "of which the model", rows=rows)
 
 
+def dynamics() -> list[str]:
+    """Atoms times steps per second in LAMMPS, and memory."""
+    runs = read_results("dynamics")["runs"]
+    lines = []
+    for i, atoms in enumerate(runs["atoms"]):
+        rate = atoms * runs["steps"][i] / runs["seconds"][i]
+        lines.append([f"{atoms:,}", runs["processes"][i], f"{rate:,.0f}", f"{runs['GB'][i]:.1f}"])
+    return table("silicon atoms in LAMMPS", "processes", "atoms · steps per second",
+                 "memory of a process (GB)", rows=lines)
+
+
 # ─── Parts of Facet, SevenNet-0 ──────────────────────────────────────────────────────────────────
 
 
@@ -395,8 +406,8 @@ def table(*heading: str, rows: list[list]) -> list[str]:
 HERE = "benchmarks/README.md"
 TABLES = {
     beside_peers: "README.md", speed: HERE, accuracy: HERE, time_to_accuracy: HERE,
-    relaxation: HERE, density: HERE, ablations: HERE, trim: HERE, equivariance: HERE,
-    short_range: HERE}  # and the page where each stands
+    relaxation: HERE, dynamics: HERE, density: HERE, ablations: HERE, trim: HERE,
+    equivariance: HERE, short_range: HERE}  # and the page where each stands
 
 
 def write(lines: list[str], page: str) -> None:

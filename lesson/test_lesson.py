@@ -9,15 +9,18 @@ without such a comment claims nothing.
 """
 import ast
 import io
+import json
 import re
 import subprocess
 import sys
+import time
 import tokenize
 from pathlib import Path
 from types import ModuleType
 
 import ase.build
 import draw
+import notebook
 import numpy as np
 import pytest
 import torch
@@ -35,8 +38,10 @@ ROOT = Path(__file__).resolve().parent.parent
 FRONT = ROOT / "README.md"
 LESSON = ROOT / "lesson" / "README.md"
 EXERCISES = ROOT / "lesson" / "exercises" / "README.md"
+TESTING = ROOT / "lesson" / "testing.md"
 TOOLS = ROOT / "tools" / "README.md"
-PAGES = [page for page in (FRONT, LESSON, EXERCISES, TOOLS) if page.exists()]
+QUESTIONS = ROOT / "lesson" / "questions.md"
+PAGES = [page for page in (FRONT, LESSON, EXERCISES, TESTING, QUESTIONS, TOOLS) if page.exists()]
 FIGURES = ROOT / "lesson" / "figures"
 
 
@@ -56,7 +61,7 @@ def blocks(page: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", text_of(page), re.S)
 
 
-CODE = [(page, i) for page in (FRONT, LESSON) for i in range(len(blocks(page)))]
+CODE = [(page, i) for page in (FRONT, LESSON, TESTING) for i in range(len(blocks(page)))]
 
 
 @pytest.mark.parametrize("page, i", CODE, ids=[f"{named(page)}-{i}" for page, i in CODE])
@@ -68,12 +73,39 @@ def test_code_in_pages_prints_what_it_says(page, i, monkeypatch, capsys):
             pytest.skip(f"this block needs {needed}: python train_small.py")
 
     monkeypatch.chdir(ROOT)
+    start = time.process_time()
     with torch.random.fork_rng(devices=[]):
         exec(compile(block, named(page), "exec"), {"__name__": "__main__"})
+    assert time.process_time() - start < 10, "too slow for a lecture"  # seconds of the processor
     printed = [line.strip() for line in capsys.readouterr().out.splitlines()]
     promised = re.findall(r"# → (.*)", block)
     assert not promised or printed == promised
     assert promised or page == FRONT, f"prints what nobody checks:\n{block}"
+
+
+def test_lines_that_the_lesson_shows_are_in_the_file():
+    """Blocks marked `py` are lines of facet.py, word for word but for their indentation."""
+    code = re.sub(r"(?m)^ +", "", text_of(ROOT / "facet.py"))
+    shown = re.findall(r"```py\n(.*?)```", text_of(LESSON), re.S)
+    assert len(shown) == 10
+    for block in shown:
+        for part in re.sub(r"(?m)^ +", "", block).strip().split("\n\n"):
+            assert part in code, f"not in facet.py:\n{part}"
+
+
+def test_notebook_is_that_of_the_page(monkeypatch, capsys):
+    """As it is stored; its first cells find facet.py from the notebook's own folder."""
+    stored = text_of(ROOT / "lesson" / "tour.ipynb")
+    assert stored == notebook.notebook(text_of(LESSON)), "out of date: python lesson/notebook.py"
+
+    cells = [cell for cell in json.loads(stored)["cells"] if cell["cell_type"] == "code"]
+    assert len(cells) == 1 + len(blocks(LESSON))
+    monkeypatch.chdir(ROOT / "lesson")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    place = {"__name__": "__main__"}
+    for cell in cells[:2]:
+        exec("".join(cell["source"]), place)
+    assert capsys.readouterr().out.splitlines() == cells[1]["outputs"][0]["text"]
 
 
 def test_table_of_properties_is_the_one_printed():
@@ -96,6 +128,38 @@ def test_table_of_properties_is_the_one_printed():
         if "below" in line:
             row = re.split(r"\s{2,}|,", line)[0]
             assert row in explained, f"{row}: what is it?"
+
+
+def test_table_of_potentials_has_every_property_and_the_errors_of_emt():
+    """The other columns need packages of their own, or are rounding."""
+    section = text_of(TESTING).partition("## Facet beside other potentials")[2]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    names = [cell.strip() for cell in lines[0].strip("|").split("|")]
+    rows = {}
+    for line in lines[2:]:
+        first, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        rows[first] = dict(zip(names[1:], cells))
+    assert set(rows) >= set(test_facet.PROPERTIES) - {"alone or in a batch"}
+
+    atoms = test_facet.random_crystal(("Cu", "Al"))
+    for name in test_facet.PROPERTIES:
+        if name in rows:
+            told = rows[name]["EMT of ASE"]
+            row = test_facet.property_row(name, test_facet.EMT(), atoms)
+            energy_only = name in ("isolated atom", "conservation, part of kinetic")
+            error = row.errors[0 if energy_only else 1]
+            assert row.wrong == told.startswith("**"), test_facet.line(row)
+            if error > 1e-7 or float(told.strip("*")) > 1e-7:  # else it is rounding
+                assert float(told.strip("*")) == pytest.approx(error, rel=0.1), name
+
+
+def test_lines_of_planted_bugs_name_bugs_and_the_rows_that_notice():
+    told, = re.findall(r"```text\n(sign_of.*?)```", text_of(TESTING), re.S)
+    for line in told.splitlines():
+        bug, rows = line.split(maxsplit=1)
+        assert test_facet.PLANTED[bug][2] in rows, line
+        for row in rows.split(", "):
+            assert row in (*test_facet.PROPERTIES, *test_facet.PARTS), row
 
 
 # ─── Links, anchors, pictures ─────────────────────────────────────────────────────────────────────

@@ -86,7 +86,7 @@ def evaluate(model: facet.Facet, graph: facet.Neighbours, local: int):
 
     The virial is that of facet.Facet: ∂E/∂strain. Sums over the processes are those of the crystal.
     """
-    weights = model.readout
+    weights = next(model.parameters())
     batch = facet.make_batch([graph], model.config.cutoff, weights.dtype).to(weights.device)
     vectors = batch.vectors.requires_grad_()  # [N, K, 3]
     energy = model.atomic_outputs(batch._replace(vectors=vectors))["energies"][:local].sum()

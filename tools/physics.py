@@ -77,7 +77,7 @@ def energy_drift(model: facet.Facet, atoms: ase.Atoms, kelvin: float = 300.0) ->
     """Total energy (meV/atom) over time (ps) in molecular dynamics without thermostat."""
     import test_facet  # here, not above: tests are needed for nothing else
 
-    calculator = facet.FacetCalculator(model, device=model.readout.device)
+    calculator = facet.FacetCalculator(model, device=next(model.parameters()).device)
     # half of what the atoms move with at first becomes potential energy
     found = test_facet.conservation(calculator, atoms, kelvin=2 * kelvin, steps=STEPS)
     table = {"kelvin": kelvin}
@@ -91,8 +91,9 @@ def equivariance_error(model: facet.Facet, some: list[ase.Atoms]) -> dict[str, l
     import test_facet
 
     found = {}
+    device = next(model.parameters()).device
     for dtype in (torch.float32, torch.float64):
-        calculator = facet.FacetCalculator(model, device=model.readout.device, dtype=dtype)
+        calculator = facet.FacetCalculator(model, device=device, dtype=dtype)
         name = str(dtype).removeprefix("torch.")
         found[name] = []
         for atoms in some:
