@@ -115,8 +115,6 @@ def defaults(args: argparse.Namespace, more: list[str]) -> None:
     stored = content.setdefault("defaults", {})
     for name in args.sets:
         data_files(args.data, name)  # converted once, before several trainings want it
-        if args.seeds[0] == 0:
-            stored.pop(name, None)
 
     with ThreadPoolExecutor(args.parallel) as pool:
         jobs = {}
@@ -335,7 +333,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     one.add_argument("--data", type=Path, required=True)
     one.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS)
     one.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2],
-                     help="with 0 among them first, the set's stored runs are replaced")
+                     help="the stored runs of other seeds stay")
     one.add_argument("--parallel", type=int, default=1, help="trainings at a time")
 
     one = commands.add_parser("time", allow_abbrev=False,
