@@ -111,7 +111,7 @@ def accuracy() -> list[str]:
         minutes = f"{np.mean(runs['cpu_seconds']) / 60:.1f}"
         for label, found in runs["tests"].items():
             unit, energy, force = usual_errors(label, found)
-            stress = "–" if found[STRESS][0] is None else spread(found[STRESS], 2)
+            stress = "–" if found[STRESS][0] is None else spread(found[STRESS], 3)
             constants = []
             for key in (ENERGY, FORCE, STRESS):
                 value = found["constant"][key][0]
