@@ -54,7 +54,7 @@ def surroundings(positions: np.ndarray, tags: np.ndarray, types: np.ndarray, loc
     rim at all. The first `local` of the N atoms are the process' own.
     """
     # How far each atom is from the nearest own one; an atom is there once, as its nearest image
-    reach = config.layers * config.cutoff
+    reach = config.layers * config.cutoff + 1e-6  # Å; perfect crystals have neighbours just there
     distance, _ = cKDTree(positions[:local]).query(positions, distance_upper_bound=reach)  # [A]
     distance[:local] = 0
     nearest = np.argsort(distance, kind="stable")
