@@ -945,7 +945,7 @@ class Facet(nn.Module):
         for layer, phi_t in zip(self.layers, phi):
             h = layer(h, species, index, phi_t, Y)  # [N+U, M, C], the last [N+U, 1, C]
 
-        # What the lone atom of its species has, is no energy of an atom
+        # Less what a lone atom of the same species has
         of_atom, of_lone = (h[:, 0] @ self.readout).split([N, U])  # [N], [U]
         alone = of_lone.new_zeros(len(self.E0)).index_copy(0, batch.present, of_lone)  # [Z]
         learned = (of_atom - alone[batch.species]).double() * self.config.energy_scale  # [N]
