@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import ase.build
+import ase.spacegroup
 import matplotlib
 import numpy as np
 import torch
@@ -337,6 +338,31 @@ def harmonics(figure: Figure) -> None:
             axis.set_title(f"l = {l}, m = {m}".replace("-", "−"), fontsize=9, y=1.02)
 
 
+def chiral(figure: Figure) -> None:
+    """A chain of left and of right selenium from the side: the nearer a bond, the bolder."""
+    for place, (group, z, name) in enumerate(((152, 1 / 3, "P3₁21"), (154, 2 / 3, "P3₂21"))):
+        cell = [4.37, 4.37, 4.95, 90, 90, 120]
+        crystal = ase.spacegroup.crystal("Se", [(0.225, 0, z)], spacegroup=group, cellpar=cell)
+        order = np.argsort(crystal.positions[:, 2])
+        bonds = [crystal.get_distance(order[i], order[(i + 1) % 3], mic=True, vector=True)
+                 for i in range(3)]
+        steps = np.concatenate([np.zeros((1, 3)), np.tile(bonds, (4, 1))])
+        atoms = np.cumsum(steps, 0)  # [13, 3]
+        atoms[:, :2] -= atoms[:3, :2].mean(0)  # the axis of the screw
+        atoms = atoms @ Rotation.from_euler("z", 20, degrees=True).as_matrix().T  # [13, 3]
+
+        # The page is (z, x); y points away from the reader
+        axis = figure.add_subplot(1, 2, place + 1)
+        for a, b in zip(atoms[:-1], atoms[1:], strict=True):
+            depth = (a[1] + b[1]) / 2  # Å
+            axis.plot([a[2], b[2]], [a[0], b[0]], color=BLUE, linewidth=3.5 - 5 * depth,
+                      zorder=-depth)
+        axis.plot(atoms[:, 2], atoms[:, 0], "o", color=ORANGE, markersize=11, zorder=3)
+        axis.axhline(0, color=GREY, linestyle="--", linewidth=0.8, zorder=0)
+        axis.set(title=name, aspect="equal", ylim=(-1.8, 1.8))
+        axis.set_axis_off()
+
+
 def grid(figure: Figure) -> None:
     """The 26 points, their weights, and the rotations that the grid is blind to."""
     points, weights = facet.lebedev(6)
@@ -522,6 +548,7 @@ PICTURES = {  # name: what draws it, its height in inches, whether it needs a tr
     "flow": (flow, 4.1, True),
     "splines": (splines, 4.8, True),
     "harmonics": (harmonics, 5.2, False),
+    "chiral": (chiral, 1.7, False),
     "grid": (grid, 4.1, False),
     "sum_first": (sum_first, 3.2, False),
     "feature": (feature, 2.2, True),
