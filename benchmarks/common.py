@@ -88,12 +88,11 @@ def read_set(data: Path, name: str) -> tuple:
 
     files, tests = data_files(data, name)
     train = frames.read([str(path) for path in files])
-    elements = set(train.elements())
     parts = {}
     for label, path in tests.items():
         found = frames.read([str(path)])
-        known = [set(atoms.numbers) <= elements for atoms in found]
-        parts[label] = found.take(np.flatnonzero(known))
+        known = found.compositions(np.array(train.elements())).sum(1)  # [F] atoms
+        parts[label] = found.take(np.flatnonzero(known == found.atom_counts()))
     return train, parts
 
 

