@@ -540,7 +540,6 @@ def train(model: facet.Facet, frames: Frames, valid: Frames, s: Settings, folder
     """
     device = next(model.parameters()).device
     averaged = copy.deepcopy(model).requires_grad_(False)
-    engine = torch.nn.parallel.DistributedDataParallel(model) if team.size > 1 else model
 
     # Batches: as many neighbours as ten structures have, or batch_atoms at mean density
     samples = Samples(frames, model.config, team)
@@ -559,6 +558,7 @@ def train(model: facet.Facet, frames: Frames, valid: Frames, s: Settings, folder
         muon.load_state_dict(resumed["optimizers"][1])
         step, earlier = resumed["step"], resumed["seconds"]
     first = step
+    engine = torch.nn.parallel.DistributedDataParallel(model) if team.size > 1 else model
 
     workers = s.workers
     if workers < 0:
