@@ -60,6 +60,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from scipy.integrate import lebedev_rule
 from scipy.spatial import cKDTree
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding, pad, silu
 
 
@@ -355,6 +356,15 @@ class RadialSplines(nn.Module):
         """r [...] Å → [..., count]."""
         return self.basis(r) @ self.coefficients  # [..., count]
 
+    def by_layer(self, r: Tensor, T: int) -> list[Tensor]:
+        """r [N, K] Å → the functions in T equal parts, T × [N, count/T, K].
+
+        The same numbers, in the order in which the sum over neighbours wants them.
+        """
+        basis = self.basis(r).mT  # [N, R, K]
+        parts = self.coefficients.T.chunk(T)  # T × [count/T, R]
+        return [torch.bmm(part.expand(len(r), -1, -1), basis) for part in parts]
+
     @torch.no_grad()
     def fit(self, f, distances: Tensor | None = None) -> Tensor:
         """Set the coefficients by least squares so that φ(r) ≈ f(r).
@@ -392,28 +402,31 @@ class Repulsion(nn.Module):
         charge = np.array([atomic_numbers[symbol] for symbol in config.species], float)  # [Z]
         usual = np.minimum(0.75 * covalent_radii[charge.astype(int)], config.cutoff / 2)  # [Z] Å
         core = np.asarray(config.core or usual)  # [Z] Å
-        inverse_length = charge ** 0.23 / 0.4685  # [Z] 1/Å
-        exponents = torch.tensor([3.1998, 0.94229, 0.4029, 0.20162], dtype=torch.float64)  # of ξ
+        screening = charge ** 0.23 / 0.4685  # [Z] 1/Å
+
+        # A row of each table for every pair of species
+        end = np.add.outer(core, core).clip(1e-3)  # [Z, Z] Å, ρ; 0.001: no two atoms reach it
+        inverse_a = np.add.outer(screening, screening)  # [Z, Z] 1/Å
+        half_k = units.Hartree * units.Bohr / 2  # eV Å
+        half_k_qq = half_k * np.multiply.outer(charge, charge)  # [Z, Z] eV Å
+        pairs = np.stack([end, inverse_a, half_k_qq])  # [3, Z, Z]
+        exponents = -torch.tensor([3.1998, 0.94229, 0.4029, 0.20162], dtype=torch.float64)  # of ξ
         weights = torch.tensor([0.18175, 0.50986, 0.28022, 0.02817], dtype=torch.float64)  # of ξ
 
-        self.register_buffer("charge", torch.from_numpy(charge), persistent=False)
         self.register_buffer("core", torch.from_numpy(core), persistent=False)
-        self.register_buffer("inverse_length", torch.from_numpy(inverse_length), persistent=False)
+        self.register_buffer("pairs", torch.from_numpy(pairs), persistent=False)
         self.register_buffer("exponents", exponents, persistent=False)
         self.register_buffer("weights", weights, persistent=False)
 
     def forward(self, r: Tensor, species: Tensor, src: Tensor) -> Tensor:
         """r [N, K] Å, species [N], src [N, K] → [N] eV."""
-        other = species[src]  # [N, K]
-        charges = self.charge[species][:, None] * self.charge[other]  # [N, K]
-        end = self.core[species][:, None] + self.core[other]  # [N, K] ρ
-        end = end.clamp(min=1e-3)  # [N, K] no core at all is one that no two atoms reach
-        inverse_a = self.inverse_length[species][:, None] + self.inverse_length[other]  # [N, K]
+        end, inverse_a, half_k_qq = self.pairs[:, species[:, None], species[src]]  # 3 × [N, K]
+        if not (r < end).any():  # in most crystals no two atoms come that close
+            return r.new_zeros(len(r))
 
-        xi = torch.exp(-(r * inverse_a)[..., None] * self.exponents) @ self.weights  # [N, K]
+        xi = torch.exp((r * inverse_a)[..., None] * self.exponents) @ self.weights  # [N, K]
         switch = (1 - (r / end) ** 6).clamp(min=0) ** 3  # [N, K]
-        coulomb = units.Hartree * units.Bohr / 2 * charges / r  # [N, K] eV
-        return (coulomb * (xi * switch)).sum(1)  # [N]
+        return (half_k_qq / r * (xi * switch)).sum(1)  # [N]
 
 
 # ─── §3 Real spherical harmonics ───
@@ -434,27 +447,27 @@ def harmonics(unit: Tensor, L: int) -> Tensor:
     """
     x, y, z = unit.unbind(-1)  # [...]
     Y = [None] * (L + 1) ** 2
+    norm = [None] * (L + 1) ** 2
     real, imaginary = torch.ones_like(x), None  # of (x + iy)^m
 
     for m in range(L + 1):
-        before = 0.0
-        now = float(np.prod(np.arange(1, 2 * m, 2)))  # P_m^m = (2m−1)!!
+        first = float(np.prod(np.arange(1, 2 * m, 2)))  # P_m^m = (2m−1)!!
+        P = {m: 1.0, m + 1: (2 * m + 1) * z}  # P_l^m / P_m^m, by l
+        for l in range(m + 2, L + 1):
+            P[l] = (2 * l - 1) / (l - m) * z * P[l - 1] - (l + m - 1) / (l - m) * P[l - 2]
 
         for l in range(m, L + 1):
             signs = 2 if m else 1  # +m and −m share the norm
-            norm = sqrt((2 * l + 1) * signs * factorial(l - m) / factorial(l + m))
-            Y[l * l + l + m] = norm * now * real
-            if m:
-                Y[l * l + l - m] = norm * now * imaginary
-
-            after = (2 * l + 1) / (l - m + 1) * now * z - (l + m) / (l - m + 1) * before
-            before, now = now, after
+            ratio = factorial(l - m) / factorial(l + m)
+            for row, part in ((l * l + l + m, real), (l * l + l - m, imaginary))[:signs]:
+                Y[row] = P[l] * part
+                norm[row] = first * sqrt((2 * l + 1) * signs * ratio)
 
         if m == 0:
             real, imaginary = x, y
         else:
             real, imaginary = x * real - y * imaginary, x * imaginary + y * real
-    return torch.stack(Y, -1)  # [..., M]
+    return torch.stack(Y, -1) * unit.new_tensor(norm)  # [..., M]
 
 
 def rows_of(l: int) -> slice:
@@ -523,81 +536,118 @@ def paths(l_in: int, l_out: int, L: int) -> list[tuple[int, int, int]]:
 
 
 def chunks(index: Tensor, X: int) -> list[slice]:
-    """Rows of index [N·B, K] in portions whose gathered features [rows, K, X] fit the cache.
+    """Atoms of index [N, B, K] in portions n for which X numbers [n, B, K, X] fit the cache.
 
-    (On a GPU: in a portion of its memory.)
+    (On a GPU: a portion of its memory.)
     """
-    numbers = 2 ** 26 if index.is_cuda else 2 ** 17
-    rows = max(1, numbers // max(1, index.shape[1] * X))
-    return [slice(start, start + rows) for start in range(0, len(index), rows)]
+    numbers = 2 ** 26 if index.is_cuda else 2 ** 18
+    n = max(1, numbers // max(1, index[0].numel() * X))
+    N = len(index)
+    return [slice(start, min(start + n, N)) for start in range(0, N, n)]
 
 
 class NeighbourSum(torch.autograd.Function):
-    """D[n, m, x] = Σ_k edge[n, m, k] h[index[n, k], x]: the neighbours' features, weighted.
+    """A[q, n, bc] = Σ_m1,m2 G[q, m1 m2] Σ_k φ[n, b, l2, k] Y[n, m2, k] h[index[n, b, k], c m1].
 
-    That is `torch.bmm(edge, h[index])`, and so it could be written; this takes 0.6 to 0.8 of its
-    memory and 0.7 to 0.85 of its time (64 to 512 atoms; benchmarks/density.py --sums). There are
-    N·B rows n: group b of an atom sees group b of its neighbours.
+    Group b of an atom sees group b of its neighbours: the rows of h are (atom, group). The number
 
-    The number Σ edge·h[index]·D is linear in each of edge, h and D, and its derivative with respect
-    to one of them is a product of the other two. So this function and the next two are each other's
-    derivatives, to any order. Written that way, the features of neighbours, the largest tensor of
-    all, exist for one cache-sized chunk at a time and are never kept.
+        F = Σ A·G·φ·Y·h[index]
+
+    is linear in each of A, φ, Y and h. This function is its derivative with respect to A,
+    NeighbourGrad are those with respect to the others, and NeighbourGrad.backward differentiates
+    those once more, which is what training on forces needs. Autograd could do all of it. Written
+    this way, the largest tensors (a number for each neighbour and channel, or neighbour, group and
+    harmonic) exist for one cache-sized chunk of atoms at a time and are never kept: PLACEHOLDER
+    (benchmarks/density.py --sums).
     """
 
     @staticmethod
-    def forward(ctx, edge, h, index):
-        """edge [N·B, M, K], h [N·B, X], index [N·B, K] → [N·B, M, X]."""
-        ctx.save_for_backward(edge, h, index)
-        D = edge.new_empty(*edge.shape[:2], h.shape[1])  # [N·B, M, X]
-        for n in chunks(index, h.shape[1]):
-            there = embedding(index[n], h)  # [rows, K, X] is h[index[n]], only faster
-            torch.bmm(edge[n], there, out=D[n])
-        return D
+    def forward(ctx, phi, Y, h, index, G, degree):
+        """Shapes, with features of more atoms than have neighbours, the others' sum being 0:
+
+        phi [N, B, L+1, K], Y [N, M, K], h [(N+U)·B, c m1], index [N, B, K], G [Q, m1 m2],
+        degree [M] of each row of Y → A [Q, N+U, b c].
+        """
+        ctx.save_for_backward(phi, Y, h, index, G, degree)
+        B, M, X = index.shape[1], Y.shape[1], h.shape[1]
+        A = h.new_zeros(len(G), len(h) // B, B * X * M // G.shape[1])  # [Q, N+U, b c]
+
+        for n in chunks(index, X + M):
+            edge = phi[n].index_select(2, degree) * Y[n, None]  # [n, b, M, K]
+            there = embedding(index[n].flatten(0, 1), h)  # [n b, K, c m1] is h[index], only faster
+            D = torch.bmm(there.mT, edge.flatten(0, 1).mT)  # [n b, c m1, m2]
+            torch.mm(G, D.view(-1, G.shape[1]).T, out=A[:, n].view(len(G), -1))  # [Q, n b c]
+        return A
 
     @staticmethod
-    def backward(ctx, D):
-        edge, h, index = ctx.saved_tensors
-        to_h = NeighbourSpread.apply(D, edge, index) if ctx.needs_input_grad[1] else None
-        return NeighbourDot.apply(D, h, index), to_h, None
+    def backward(ctx, A):
+        slopes = NeighbourGrad.apply(A, *ctx.saved_tensors, ctx.needs_input_grad[2])
+        return *slopes, None, None, None
 
 
-class NeighbourDot(torch.autograd.Function):
-    """edge[n, m, k] = Σ_x D[n, m, x] h[index[n, k], x]."""
-
-    @staticmethod
-    def forward(ctx, D, h, index):
-        """D [N·B, M, X], h [N·B, X], index [N·B, K] → [N·B, M, K]."""
-        ctx.save_for_backward(D, h, index)
-        edge = D.new_empty(*D.shape[:2], index.shape[1])  # [N·B, M, K]
-        for n in chunks(index, h.shape[1]):
-            there = embedding(index[n], h)  # [rows, K, X]
-            torch.bmm(D[n], there.mT, out=edge[n])
-        return edge
+class NeighbourGrad(torch.autograd.Function):
+    """∂F/∂φ, ∂F/∂Y and, where it is needed, ∂F/∂h; see NeighbourSum."""
 
     @staticmethod
-    def backward(ctx, edge):
-        D, h, index = ctx.saved_tensors
-        return NeighbourSum.apply(edge, h, index), NeighbourSpread.apply(D, edge, index), None
+    def forward(ctx, A, phi, Y, h, index, G, degree, needs_h):
+        """Shapes as in NeighbourSum."""
+        ctx.save_for_backward(A, phi, Y, h, index, G, degree)
+        M, X = Y.shape[1], h.shape[1]
+        to_phi, to_Y = torch.zeros_like(phi), torch.empty_like(Y)
+        to_h = torch.zeros_like(h) if needs_h else None
 
+        for n in chunks(index, X + M):
+            at = index[n].flatten(0, 1)  # [n b, K]
+            D = (A[:, n].flatten(1).T @ G).view(-1, X, M)  # [n b, c m1, m2]
+            radial = phi[n].index_select(2, degree)  # [n, b, M, K]
 
-class NeighbourSpread(torch.autograd.Function):
-    """h[i, x] = Σ of Σ_m D[n, m, x] edge[n, m, k] over all n, k with index[n, k] = i."""
+            # What a neighbour's weight φY is worth
+            edge = torch.bmm(D.mT, embedding(at, h).mT).view_as(radial)  # [n, b, M, K]
+            to_phi[n].index_add_(2, degree, edge * Y[n, None])  # [n, b, L+1, K]
+            torch.sum(edge * radial, 1, out=to_Y[n])  # [n, M, K]
+
+            # What its features are worth
+            if needs_h:
+                edge = (radial * Y[n, None]).flatten(0, 1)  # [n b, M, K]
+                there = torch.bmm(edge.mT, D.mT)  # [n b, K, c m1]
+                to_h.index_add_(0, at.flatten(), there.flatten(0, 1))
+        return to_phi, to_Y, to_h
 
     @staticmethod
-    def forward(ctx, D, edge, index):
-        """D [N·B, M, X], edge [N·B, M, K], index [N·B, K] → [N·B, X]."""
-        ctx.save_for_backward(D, edge, index)
-        h = D.new_zeros(len(D), D.shape[2])  # [N·B, X]
-        for n in chunks(index, h.shape[1]):
-            there = torch.bmm(edge[n].mT, D[n])  # [rows, K, X]
-            h.index_add_(0, index[n].flatten(), there.flatten(0, 1))
-        return h
+    @once_differentiable
+    def backward(ctx, dphi, dY, dh):
+        """The derivatives of Σ A·G·(dφ·Y·h + φ·dY·h + φ·Y·dh), with respect to A, φ, Y and h."""
+        A, phi, Y, h, index, G, degree = ctx.saved_tensors
+        M, X = Y.shape[1], h.shape[1]
+        dh = torch.zeros_like(h) if dh is None else dh
+        to_A, to_phi, to_Y, to_h = (torch.zeros_like(x) for x in (A, phi, Y, h))
 
-    @staticmethod
-    def backward(ctx, h):
-        D, edge, index = ctx.saved_tensors
-        return NeighbourSum.apply(edge, h, index), NeighbourDot.apply(D, h, index), None
+        for n in chunks(index, X + M):
+            at = index[n].flatten(0, 1)  # [n b, K]
+            D = (A[:, n].flatten(1).T @ G).view(-1, X, M)  # [n b, c m1, m2]
+            y = Y[n, None]  # [n, 1, M, K]
+            dy = dY[n, None]  # [n, 1, M, K]
+            radial = phi[n].index_select(2, degree)  # [n, b, M, K]
+            dradial = dphi[n].index_select(2, degree)  # [n, b, M, K]
+            there = embedding(at, h)  # [n b, K, c m1]
+            dthere = embedding(at, dh)  # [n b, K, c m1]
+
+            # To A: the sums over neighbours, with one factor replaced
+            edge = (radial * y).flatten(0, 1)  # [n b, M, K]
+            dedge = torch.addcmul(dradial * y, radial, dy).flatten(0, 1)  # [n b, M, K]
+            dD = torch.bmm(there.mT, dedge.mT).baddbmm_(dthere.mT, edge.mT)  # [n b, c m1, m2]
+            torch.mm(G, dD.view(-1, G.shape[1]).T, out=to_A[:, n].view(len(G), -1))  # [Q, n b c]
+
+            # To φ and Y
+            edge = torch.bmm(D.mT, there.mT).view_as(radial)  # [n, b, M, K]
+            edge_d = torch.bmm(D.mT, dthere.mT).view_as(radial)  # [n, b, M, K]
+            to_phi[n].index_add_(2, degree, torch.addcmul(edge_d * y, edge, dy))
+            torch.sum(torch.addcmul(edge_d * radial, edge, dradial), 1, out=to_Y[n])
+
+            # To h
+            there = torch.bmm(dedge.mT, D.mT)  # [n b, K, c m1]
+            to_h.index_add_(0, at.flatten(), there.flatten(0, 1))
+        return to_A, to_phi, to_Y, to_h, None, None, None, None
 
 
 class Density(nn.Module):
@@ -609,8 +659,8 @@ class Density(nn.Module):
     Read as written, this makes a tensor of edges × paths × channels. But G knows no j, so the sum
     over neighbours goes first, and the coupling is done once per atom, not once per edge:
 
-        D[i,b,m2,m1,c] = Σ_j (φ_b Y_l2m2)(r_ij) h[j,l1m1,bc]    one product per atom and group
-        A[i,p,m3,bc]   = Σ_m1,m2 G[m1,m2,m3] D[i,b,m2,m1,c]     one product per atom
+        D[i,bc,m1,m2] = Σ_j (φ_b Y_l2m2)(r_ij) h[j,l1m1,bc]     one product per atom and group
+        A[i,p,m3,bc]  = Σ_m1,m2 G[m1,m2,m3] D[i,bc,m1,m2]       one product for all
 
     It is the sharing of φ within a group that makes the sum one matrix product: with a function for
     every channel the order still holds, at twice the time. Little is lost by sharing: the mixing
@@ -621,7 +671,6 @@ class Density(nn.Module):
         super().__init__()
         L = config.degree
         self.paths = paths(l_in, l_out, L)
-        self.scale = 1 / sqrt(config.mean_neighbours)
 
         # A row of G for each (l3, m3, path that ends in l3), in this order
         G = []
@@ -631,38 +680,24 @@ class Density(nn.Module):
             self.counts.append(len(ending))
             for m3 in range(2 * l + 1):
                 for l1, l2, l3 in ending:
-                    row = torch.zeros((L + 1) ** 2, (l_in + 1) ** 2, dtype=torch.float64)  # [M, m1]
-                    row[rows_of(l2), rows_of(l1)] = gaunt(l1, l2, l3)[:, :, m3].T
-                    G.append(row.flatten())  # [m2 m1]
-        self.register_buffer("G", torch.stack(G), persistent=False)  # [l3 m3 Q, m2 m1]
+                    row = torch.zeros((l_in + 1) ** 2, (L + 1) ** 2).double()  # [m1, m2]
+                    row[rows_of(l1), rows_of(l2)] = gaunt(l1, l2, l3)[:, :, m3]
+                    G.append(row.flatten())  # [m1 m2]
+        G = torch.stack(G) / sqrt(config.mean_neighbours)  # [l3 m3 Q, m1 m2]
+        self.register_buffer("G", G, persistent=False)
         self.register_buffer("degree_of_row", degree_of_row(L), persistent=False)  # [M]
 
-    def forward(self, h: Tensor, index: Tensor, phi: Tensor, Y: Tensor) -> list[Tensor]:
-        """The messages of all atoms, for each l3 a matrix [N·(2·l3+1), Q_l3·C].
+    def forward(self, h: Tensor, index: Tensor, phi: Tensor, Y: Tensor) -> Tensor:
+        """The messages of all atoms: [N, l3 m3 Q, C].
 
-        h [N, (l_in+1)², C] features, index [N·B, K] the neighbours' rows in h [N·B, …],
-        phi [N, B, L+1, K] radial functions, Y [N, M, K] harmonics.
+        h [N, (l_in+1)², C] features, index [N, B, K] the neighbours' rows in h [N·B, …],
+        phi [N, B, L+1, K] radial functions, Y [N, M, K] harmonics. Atoms that are in h, but not in
+        the others, have no neighbours.
         """
-        N, M1, C = h.shape
-        B = phi.shape[1]
-        M = Y.shape[1]
-
-        # (φ_b Y_l2m2)(r_ij): how much a neighbour counts, by group and (l2, m2)
-        radial = phi.index_select(2, self.degree_of_row)  # [N, B, M, K]
-        edge = radial * (self.scale * Y)[:, None]  # [N, B, M, K]
-
-        # D: the sum over neighbours, for one group of channels at a time
-        h = h.reshape(N, M1, B, -1).transpose(1, 2).reshape(N * B, -1)  # [N·B, m1 c]
-        D = NeighbourSum.apply(edge.flatten(0, 1), h, index)  # [N·B, m2, m1 c]
-
-        # A: the coupling, for all groups at once
-        D = D.view(N, B, M * M1, -1).transpose(1, 2).reshape(N, M * M1, C)  # [N, m2 m1, C]
-        A = self.G @ D  # [N, l3 m3 Q, C]
-
-        # One matrix for each l3, its columns (path, channel) ready to be mixed
-        sizes = [(2 * l + 1) * Q for l, Q in enumerate(self.counts)]
-        parts = A.split(sizes, 1)  # l3 × [N, m3 Q, C]
-        return [a.reshape(-1, Q * C) for a, Q in zip(parts, self.counts)]  # l3 × [N m3, Q C]
+        B = index.shape[1]
+        h = h.transpose(1, 2).reshape(len(h) * B, -1)  # [N·B, c m1] a group of channels in each row
+        A = NeighbourSum.apply(phi, Y, h, index, self.G, self.degree_of_row)  # [l3 m3 Q, N, C]
+        return A.transpose(0, 1)  # [N, l3 m3 Q, C]
 
 
 # ─── §6 Mixing, species and skip connection ───
@@ -681,10 +716,23 @@ class Mix(nn.Module):
         matrices = [randn(Q * channels, channels, fan_in=Q * channels) for Q in counts]
         self.W = nn.ParameterList(matrices)  # for each l3 [Q C, C]
 
-    def forward(self, A: list[Tensor], N: int) -> Tensor:
-        """A as Density returns it → [N, (l_out+1)², C]."""
-        mixed = [(a @ W).view(N, -1, W.shape[1]) for a, W in zip(A, self.W)]  # l3 × [N, m3, C]
-        return torch.cat(mixed, 1)  # [N, M, C]
+        # Of each row (l3, m3, path) of A: its path, and the row (l3, m3) that it adds to
+        path, row = [], []
+        for l3, Q in enumerate(counts):
+            for m3 in range(2 * l3 + 1):
+                path += range(sum(counts[:l3]), sum(counts[:l3 + 1]))
+                row += [l3 * l3 + m3] * Q
+        total = torch.eye(len(counts) ** 2, dtype=torch.float64)[:, row]  # [M, l3 m3 Q] of 0 and 1
+        self.register_buffer("path", torch.tensor(path), persistent=False)  # [l3 m3 Q]
+        self.register_buffer("total", total, persistent=False)
+
+    def forward(self, A: Tensor) -> Tensor:
+        """[N, l3 m3 Q, C] as Density returns it → [N, (l_out+1)², C]."""
+        N, _, C = A.shape
+        W = torch.cat([W.view(-1, C, C) for W in self.W])  # [paths, C, C]
+        mixed = torch.bmm(A.transpose(0, 1), W.index_select(0, self.path))  # [l3 m3 Q, N, C]
+        message = self.total @ mixed.flatten(1)  # [M, N C]
+        return message.view(-1, N, C).transpose(0, 1)  # [N, M, C]
 
 
 class Linear(nn.Module):
@@ -741,7 +789,7 @@ class SpeciesTable(nn.Module):
 
     def forward(self, species: Tensor) -> Tensor:
         """species [N] → [N, C]."""
-        return (self.root @ self.W)[species]  # [N, C]
+        return embedding(species, self.root @ self.W)  # [N, C]
 
 
 class Skip(nn.Module):
@@ -758,7 +806,8 @@ class Skip(nn.Module):
     def forward(self, h: Tensor, species: Tensor) -> Tensor:
         """h [N, (l_in+1)², C], species [N] → [N, (l_out+1)², C]."""
         own = h[:, :self.shared] * self.a(species)[:, None]  # [N, ≤ M, C]
-        return pad(self.linear(own), (0, 0, 0, self.missing))  # [N, M, C]
+        own = self.linear(own)  # [N, ≤ M, C]
+        return pad(own, (0, 0, 0, self.missing)) if self.missing else own  # [N, M, C]
 
 
 # ─── §7 Grid layer ───
@@ -787,11 +836,13 @@ class GridLayer(nn.Module):
 
     def on_grid(self, x: Tensor) -> Tensor:
         """[N, M, C] → [P, N, C]."""
-        return torch.tensordot(self.to_grid, x, ([1], [1]))  # [P, N, C]
+        values = self.to_grid @ x.transpose(0, 1).flatten(1)  # [P, N C]
+        return values.view(-1, len(x), x.shape[2])  # [P, N, C]
 
     def from_grid(self, values: Tensor) -> Tensor:
         """[P, N, C] → [N, M, C]."""
-        return torch.tensordot(self.to_rows, values, ([1], [0])).transpose(0, 1)  # [N, M, C]
+        f = self.to_rows @ values.flatten(1)  # [M, N C]
+        return f.view(-1, *values.shape[1:]).transpose(0, 1)  # [N, M, C]
 
 
 class ProductGrid(GridLayer):
@@ -822,21 +873,21 @@ class ProductGrid(GridLayer):
         triple = torch.einsum("mp,pa,pb->mab", self.to_rows, to_grid, to_grid)  # [M, M, M]
         spread = triple.square().sum((1, 2)).sqrt()  # [M]
         self.to_rows /= spread[:, None]
+        self.register_buffer("scalar", (degree_of_row(L) == 0).double()[:, None], persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, M, C] → [N, M, C]."""
+        # The product, point by point
         u, v = self.W12(x).chunk(2, -1)  # 2 × [N, M, C]
-        mean_square = v.square().mean((1, 2), keepdim=True)  # [N, 1, 1]
-        v = v * ((1 + mean_square) / 2).rsqrt()  # [N, M, C]
+        f = self.from_grid(self.on_grid(u) * self.on_grid(v))  # [N, M, C]
 
-        # The product, point by point; both functions go to the grid in one matrix product
-        u, v = self.on_grid(torch.cat([u, v], -1)).chunk(2, -1)  # 2 × [P, N, C]
-        f = self.from_grid(u * v)  # [N, M, C]
-
-        # The scalars decide how much of it passes, and go on by themselves
+        # The length of v and the scalars decide how much of it passes
+        mean_square = v.square().mean((1, 2))  # [N]
         s = torch.addmm(self.b, x[:, 0], self.Ws)  # [N, C]
-        f = f * torch.sigmoid(s)[:, None]  # [N, M, C]
-        f = torch.cat([f[:, :1] + silu(s)[:, None], f[:, 1:]], 1)  # [N, M, C]
+        gate = torch.sigmoid(s) * ((1 + mean_square) / 2).rsqrt()[:, None]  # [N, C]
+
+        # The scalars go on by themselves, too
+        f = torch.addcmul(self.scalar * silu(s)[:, None], f, gate[:, None])  # [N, M, C]
         return x + self.W3(f)  # [N, M, C]
 
 
@@ -882,10 +933,7 @@ class Layer(nn.Module):
 
         The last U atoms are alone: they have no neighbours and get no message.
         """
-        N = len(phi)
-        U = len(h) - N
-        message = self.mix(self.density(h[:N], index, phi, Y), N)  # [N, M, C]
-        message = pad(message, (0, 0, 0, 0, 0, U))  # [N+U, M, C]
+        message = self.mix(self.density(h, index, phi, Y))  # [N+U, M, C]
         return self.grid((message + self.skip(h, species)) / sqrt(2))  # [N+U, M, C]
 
 
@@ -930,25 +978,25 @@ class Facet(nn.Module):
 
         # How far the neighbours are, and in what direction
         r = batch.vectors.norm(dim=-1)  # [N, K]
-        phi = self.splines(r).view(N, K, -1, B, L + 1)  # [N, K, T, B, L+1]
-        phi = phi.permute(2, 0, 3, 4, 1).contiguous()  # [T, N, B, L+1, K]
+        phi = self.splines.by_layer(r, self.config.layers)  # T × [N, B (L+1), K]
         Y = harmonics(batch.vectors / r[..., None], L)  # [N, K, M]
         Y = Y.mT.contiguous()  # [N, M, K]
 
         # Group b of an atom sees group b of its neighbours
         group = torch.arange(B, device=r.device)[:, None]  # [B, 1]
-        index = (batch.src[:, None] * B + group).flatten(0, 1)  # [N·B, K]
+        index = batch.src[:, None] * B + group  # [N, B, K]
 
         # A lone atom of each species that is present follows the N real ones
         species = torch.cat([batch.species, batch.present])  # [N+U]
         h = self.embedding(species)[:, None]  # [N+U, 1, C]
         for layer, phi_t in zip(self.layers, phi):
+            phi_t = phi_t.view(N, B, L + 1, K)  # [N, B, L+1, K]
             h = layer(h, species, index, phi_t, Y)  # [N+U, M, C], the last [N+U, 1, C]
 
         # Less what a lone atom of the same species has
         of_atom, of_lone = (h[:, 0] @ self.readout).split([N, U])  # [N], [U]
-        alone = of_lone.new_zeros(len(self.E0)).index_copy(0, batch.present, of_lone)  # [Z]
-        learned = (of_atom - alone[batch.species]).double() * self.config.energy_scale  # [N]
+        alone = of_lone[torch.searchsorted(batch.present, batch.species)]  # [N]
+        learned = (of_atom - alone).double() * self.config.energy_scale  # [N]
 
         repulsion = self.repulsion(r, batch.species, batch.src)  # [N]
         return {"energies": learned + self.E0[batch.species] + repulsion}

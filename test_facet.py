@@ -487,9 +487,9 @@ def ladder(model, atoms: Atoms, derivatives: bool = False) -> dict[str, float]:
 
     # Layer by layer.
     for t in range(model.config.layers):
-        densities = [largest(a.reshape(b.shape), b)[0]
-                     for a, b in zip(found[t, "density"], want["A"][t], strict=True)]
-        steps[f"layer {t} density"] = max(densities)
+        shape = len(atoms), -1, model.config.channels  # [N, m3 Q, C]
+        A = np.concatenate([a.reshape(shape) for a in want["A"][t]], 1)  # [N, l3 m3 Q, C]
+        steps[f"layer {t} density"] = largest(found[t, "density"], A)[0]
         for part, name in (("mix", "message"), ("skip", "skip"), ("grid", "h")):
             steps[f"layer {t} {part}"] = largest(found[t, part], want[name][t])[0]
 
@@ -818,15 +818,12 @@ def outputs(model, *crystals: Atoms) -> dict[str, np.ndarray]:
 
 
 def features(model, atoms: Atoms) -> dict:
-    """What the parts of every layer put out: (t, part) → [N, M, C]; for a density a list."""
+    """What the parts of every layer put out: (t, part) → [N, M, C], a density [N, l3 m3 Q, C]."""
     found, hooks = {}, []
     for t, layer in enumerate(model.layers):
         for part in ("density", "mix", "skip", "grid"):
             def keep(module, inputs, output, key=(t, part)):
-                if key[1] == "density":
-                    found[key] = [a.detach() for a in output]
-                else:
-                    found[key] = output.detach().numpy()[:len(atoms)]
+                found[key] = output.detach().numpy()[:len(atoms)]
             hooks.append(getattr(layer, part).register_forward_hook(keep))
     outputs(model, atoms)
     for hook in hooks:
@@ -1298,31 +1295,45 @@ def test_only_species_that_are_present_matter():
            cell=SMALL.cell))["energy"], want["energy"])
 
 
-def test_sums_over_neighbours_are_each_others_derivatives():
-    """To second order, however they are cut in chunks."""
+def test_sums_over_neighbours_and_their_derivatives():
+    """To second order, however the atoms are cut in chunks, one of them without neighbours."""
     g = torch.Generator().manual_seed(0)
-    index = torch.randint(6, (6, 4), generator=g)
-    edge, h, D = (torch.randn(6, *shape, dtype=torch.float64, generator=g).requires_grad_()
-                  for shape in ((3, 4), (5,), (3, 5)))
-    whole = torch.einsum("amk,akx->amx", edge, h[index])
-    by_edge, by_h = torch.autograd.grad(whole, (edge, h), D, retain_graph=True)
-    for rows in (1, 4, 6):
-        pieces = [slice(a, a + rows) for a in range(0, 6, rows)]
+    L, N, B, K, c, M1, Q = 1, 5, 2, 3, 2, 4, 6
+    phi, Y, h, A = (torch.randn(*shape, dtype=torch.float64, generator=g).requires_grad_()
+                    for shape in ((N, B, L + 1, K), (N, 4, K), ((N + 1) * B, c * M1),
+                                  (Q, N + 1, B * c)))
+    G = torch.randn(Q, M1 * 4, dtype=torch.float64, generator=g)
+    index = torch.randint((N + 1) * B, (N, B, K), generator=g)
+    degree = facet.degree_of_row(L)
+
+    there = h[index].view(N, B, K, c, M1)
+    whole = torch.einsum("qam,nbmk,nmk,nbkca->qnbc", G.view(Q, M1, 4), phi[:, :, degree], Y, there)
+    whole = torch.nn.functional.pad(whole.flatten(2), (0, 0, 0, 1))  # [Q, N+1, b c]
+    slopes = torch.autograd.grad(whole, (phi, Y, h), A, retain_graph=True)
+    for atoms in (1, 3, 5):
+        pieces = [slice(a, min(a + atoms, N)) for a in range(0, N, atoms)]
         with mock.patch.object(facet, "chunks", lambda index, X, pieces=pieces: pieces):
-            for f, a, b, want in ((facet.NeighbourSum, edge, h, whole),
-                                  (facet.NeighbourDot, D, h, by_edge),
-                                  (facet.NeighbourSpread, D, edge, by_h)):
-                same(f"{f.__name__} in chunks of {rows}", f.apply(a, b, index), want, "formula")
-                for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
-                    fine = rows != 4 or check(lambda a, b, f=f: f.apply(a, b, index), (a, b),
-                                              raise_exception=False)
-                    assert fine, f"{check.__name__} of {f.__name__}"
-    pieces = facet.chunks(torch.zeros(1000, 50, dtype=int), 300)
+            def sums(phi, Y, h):
+                return facet.NeighbourSum.apply(phi, Y, h, index, G, degree)
+
+            def grad(A, phi, Y, h):
+                return facet.NeighbourGrad.apply(A, phi, Y, h, index, G, degree, True)
+
+            same(f"sums in chunks of {atoms}", sums(phi, Y, h), whole, "formula")
+            for name, found, want in zip(("φ", "Y", "h"), grad(A, phi, Y, h), slopes):
+                same(f"gradient for {name} in chunks of {atoms}", found, want, "formula")
+            checks = ((torch.autograd.gradcheck, sums, (phi, Y, h)),
+                      (torch.autograd.gradgradcheck, sums, (phi, Y, h)),
+                      (torch.autograd.gradcheck, grad, (A, phi, Y, h)))
+            for check, f, inputs in checks:
+                fine = atoms != 3 or check(f, inputs, raise_exception=False)
+                assert fine, f"{check.__name__} of {f.__name__}"
+    pieces = facet.chunks(torch.zeros(1000, 2, 50, dtype=int), 300)
     assert len(pieces) > 3, "this index should need several chunks"
-    rows = np.concatenate([np.arange(1000)[piece] for piece in pieces])
-    same("rows in all chunks", rows, np.arange(1000), "exact")
-    assert facet.chunks(torch.zeros(3, 50, dtype=int), 10 ** 6) == [slice(n, n + 1) for n in
-                                                                    range(3)]
+    atoms = np.concatenate([np.arange(1000)[piece] for piece in pieces])
+    same("atoms in all chunks", atoms, np.arange(1000), "exact")
+    assert facet.chunks(torch.zeros(3, 2, 50, dtype=int), 10 ** 6) == [slice(n, n + 1) for n in
+                                                                       range(3)]
 
 
 def backwards(model, batch) -> dict[str, torch.Tensor]:
@@ -1334,10 +1345,10 @@ def backwards(model, batch) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("sizes", (
-    {"cutoff": 3.4, "channels": 96, "groups": 1}, {"cutoff": 7.2, "channels": 240, "groups": 1},
-), ids=("a few rows to a chunk", "one row to a chunk"))
+    {"cutoff": 3.4, "channels": 288, "groups": 1}, {"cutoff": 7.2, "channels": 240, "groups": 1},
+), ids=("a few atoms to a chunk", "one atom to a chunk"))
 def test_wide_layers_in_chunks_equal_those_in_one_piece(sizes):
-    """Energies, forces, virials, gradients for weights; on a CPU a chunk has 2¹⁷ numbers."""
+    """Energies, forces, virials, gradients for weights; on a CPU a chunk has 2¹⁸ numbers."""
     model = build(layers=2, **sizes)
     batch = batch_of(model, SMALL * (1, 2, 3) if sizes["cutoff"] < 5 else SMALL, TRICLINIC)
     with mock.patch.object(facet, "chunks", wraps=facet.chunks) as cut:
@@ -1345,9 +1356,9 @@ def test_wide_layers_in_chunks_equal_those_in_one_piece(sizes):
     pieces = []
     for call in cut.mock_calls:
         pieces.append(len(facet.chunks(*call.args)))
-    rows = len(batch.species)
-    wanted = rows if sizes["cutoff"] > 5 else 2
-    assert max(pieces) >= wanted and min(pieces) >= 1, f"{pieces} pieces of {rows} rows"
+    atoms = len(batch.species)
+    wanted = atoms if sizes["cutoff"] > 5 else 2
+    assert max(pieces) >= wanted and min(pieces) >= 1, f"{pieces} pieces of {atoms} atoms"
     with mock.patch.object(facet, "chunks", lambda index, X: [slice(0, len(index))]):
         want = backwards(model, batch)
     for name in want:
@@ -1729,8 +1740,9 @@ def test_summing_neighbours_first_equals_coupling_first(L):
         (N, (L + 1) ** 2, C), (N, B, L + 1, K), (N, (L + 1) ** 2, K)))
     src = torch.randint(N, (N, K), generator=g)
     density = build(degree=L).layers[1].density
-    index = (src[:, None] * B + torch.arange(B)[:, None]).flatten(0, 1)
-    for l3, found in enumerate(density(h, index, phi, Y)):
+    index = src[:, None] * B + torch.arange(B)[:, None]
+    A = density(h, index, phi, Y)  # [N, l3 m3 Q, C]
+    for l3, found in enumerate(A.split([(2 * l + 1) * Q for l, Q in enumerate(density.counts)], 1)):
         by_path = []
         for l1, l2, l in density.paths:
             if l == l3:
@@ -1739,7 +1751,7 @@ def test_summing_neighbours_first_equals_coupling_first(L):
                     facet.gaunt(l1, l2, l3), Y[:, facet.rows_of(l2)],
                     h[src][:, :, facet.rows_of(l1)]))
         want = torch.cat(by_path, -1) / CONFIG.mean_neighbours ** 0.5
-        same(f"density of degree {l3}", found.view(want.shape), want, "formula")
+        same(f"density of degree {l3}", found.reshape(want.shape), want, "formula")
         differ(f"density of degree {l3}", want, 0 * want)
 
 
@@ -1814,8 +1826,8 @@ def start_moments(fan_in=None) -> dict[str, np.ndarray]:
             out, seen = isqrt(layer.skip.shared + layer.skip.missing), isqrt(layer.skip.shared)
             skip = layer.skip(draw(N, (1, M, M)[t], C), species)[:, :seen ** 2]
             found[f"layer {t} skip"] = moment(skip)
-            A = [draw(N * (2 * l + 1), Q * C) for l, Q in enumerate(layer.density.counts)]
-            found[f"layer {t} mix"] = moment(layer.mix(A, N))
+            widths = [(2 * l + 1) * Q for l, Q in enumerate(layer.density.counts)]
+            found[f"layer {t} mix"] = moment(layer.mix(draw(N, sum(widths), C)))
 
             # Neighbours everywhere in the ball, as many as the mean: a density of unit variance
             r = draw(N, K, 3)
@@ -1823,9 +1835,9 @@ def start_moments(fan_in=None) -> dict[str, np.ndarray]:
             distance = CUTOFF * torch.rand(N, K, dtype=torch.float64, generator=g) ** (1 / 3)
             phi = model.splines(distance).view(N, K, 3, 4, 3)[:, :, t].permute(0, 2, 3, 1)
             index = torch.randint(N, (N, 1, K), generator=g) * 4 + torch.arange(4)[:, None]
-            A = layer.density(draw(N, (1, M, M)[t], C), index.flatten(0, 1), phi,
-                              facet.harmonics(unit, 2).mT)
-            found[f"layer {t} density"] = np.array([float(a.square().mean()) for a in A])
+            A = layer.density(draw(N, (1, M, M)[t], C), index, phi, facet.harmonics(unit, 2).mT)
+            by_degree = [float(a.square().mean()) for a in A.split(widths, 1)]
+            found[f"layer {t} density"] = np.array(by_degree)
 
             # The grid: what goes there, the product that comes back, the scalars that go on
             y, grid = x[:, :out ** 2], layer.grid
@@ -2598,15 +2610,15 @@ def groups_mixed_up(right, self, h, index, phi, Y):
     return right(self, h, index, phi.flip(1), Y)
 
 
-@planted("NeighbourDot.backward", "gradients for weights, product")
+@planted("NeighbourGrad.backward", "gradients for weights, product")
 def wrong_second_derivative(right, *arguments):
-    edge, h, *rest = right(*arguments)
-    return edge, -h, *rest
+    A, phi, Y, h, *rest = right(*arguments)
+    return A, phi, Y, -h, *rest
 
 
 @planted("chunks", "supercell")
-def last_row_of_a_chunk_lost(right, *arguments):
-    return [slice(rows.start, rows.stop - 1) for rows in right(*arguments)]
+def last_atom_of_a_chunk_lost(right, *arguments):
+    return [slice(atoms.start, atoms.stop - 1) for atoms in right(*arguments)]
 
 
 def count_bugs() -> int:
