@@ -1301,7 +1301,8 @@ def test_sums_over_neighbours_and_their_derivatives():
     L, N, B, K, c, M1, Q = 1, 5, 2, 3, 2, 4, 6
     phi, Y, h, A = (torch.randn(*shape, dtype=torch.float64, generator=g).requires_grad_()
                     for shape in ((N, B, L + 1, K), (N, 4, K), ((N + 1) * B, c * M1),
-                                  (Q, N + 1, B * c)))
+                                  (Q, B * c, N + 1)))
+    A = A.detach().mT.requires_grad_()  # [Q, N+1, b c], in another order in memory
     G = torch.randn(Q, M1 * 4, dtype=torch.float64, generator=g)
     index = torch.randint((N + 1) * B, (N, B, K), generator=g)
     degree = facet.degree_of_row(L)

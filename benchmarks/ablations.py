@@ -109,12 +109,16 @@ class RadialMLP(BesselLinear):
         T = config.layers
         self.mlps = nn.ModuleList(MLP(config.groups, count // T) for _ in range(T))
 
-    def forward(self, r: Tensor) -> Tensor:
-        """r [N, K] Å → [N, K, count]. Only what lies within the cutoff goes through the MLPs."""
+    def by_layer(self, r: Tensor, T: int) -> list[Tensor]:
+        """r [N, K] Å → T × [N, count/T, K]. Only what lies within the cutoff goes through MLPs."""
         inside = r < self.cutoff  # [N, K]; padding can be most of K
         beta = self.basis(r[inside])  # [E, B]
-        phi = torch.cat([mlp(beta) for mlp in self.mlps], -1)  # [E, count]
-        return phi.new_zeros(*r.shape, phi.shape[1]).index_put((inside,), phi)  # [N, K, count]
+        layers = []
+        for mlp in self.mlps:
+            phi = mlp(beta)  # [E, count/T]
+            phi = phi.new_zeros(*r.shape, phi.shape[1]).index_put((inside,), phi)
+            layers.append(phi.mT.contiguous())  # [N, count/T, K]
+        return layers
 
 
 class EdgeList(EdgeWiseDensity):
@@ -138,16 +142,16 @@ class EdgeList(EdgeWiseDensity):
         phi = phi.repeat_interleave(C // phi.shape[1], 1)[:, None]  # [E, 1, C, L+1]
         return [phi[..., l2] for _, l2, _ in self.paths]  # [E, 1, C] for each path
 
-    def forward(self, h: Tensor, index: Tensor, phi: Tensor, Y: Tensor) -> list[Tensor]:
+    def forward(self, h: Tensor, index: Tensor, phi: Tensor, Y: Tensor) -> Tensor:
         """As facet.Density."""
-        N, _, C = h.shape
-        _, B, _, K = phi.shape
+        N, C = len(h), h.shape[2]
+        B = index.shape[1]
 
         # the edges: what lies within the cutoff
         dst, slot = phi.detach()[:, :, 0].any(1).nonzero(as_tuple=True)  # [E], [E]
-        src = index.view(N, B, K)[dst, 0, slot] // B  # [E]
+        src = index[dst, 0, slot] // B  # [E]
         radial = self.radial(phi.permute(0, 3, 1, 2)[dst, slot], C)  # [E, 1, C] for each path
-        Y = self.scale * Y.mT[dst, slot]  # [E, m2]
+        Y = Y.mT[dst, slot]  # [E, m2]
 
         # messages, path by path
         sums = []
@@ -161,9 +165,7 @@ class EdgeList(EdgeWiseDensity):
                 sums.append(total.index_add(0, dst, message * radial[path]))
                 path += 1
 
-        A = torch.cat(sums, 1).index_select(1, self.back)  # [N, l3 m3 Q, C]
-        A = A.split([(2 * l + 1) * Q for l, Q in enumerate(self.counts)], 1)
-        return [a.reshape(-1, Q * C) for a, Q in zip(A, self.counts, strict=True)]
+        return torch.cat(sums, 1).index_select(1, self.back)  # [N, l3 m3 Q, C]
 
 
 class EdgeWiseMLP(EdgeList):
@@ -227,7 +229,8 @@ class TensorProduct(facet.ProductGrid):
     def __init__(self, L: int, config: facet.Config):
         super().__init__(L, config)
         coupling = facet.Density(L, L, replace(config, degree=L))  # has the same paths
-        self.register_buffer("G", coupling.G, persistent=False)  # [l3 m3 Q, m1 m2]
+        G = coupling.G * sqrt(config.mean_neighbours)  # [l3 m3 Q, m1 m2]
+        self.register_buffer("G", G, persistent=False)
         weights = [facet.randn(Q, config.channels, fan_in=Q) for Q in coupling.counts]
         self.w = nn.ParameterList(weights)
 

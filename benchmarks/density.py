@@ -2,8 +2,8 @@
 
     python benchmarks/density.py            # 3 minutes on 2 quiet cores
     python benchmarks/density.py --quick    # 20 seconds: few repeats, to 512 atoms; writes nothing
-    python benchmarks/density.py --sums     # 1 minute: what facet.py's three sums over neighbours
-                                            # save against torch.bmm(edge, h[index]); writes nothing
+    python benchmarks/density.py --sums     # 1 minute: what facet.NeighbourSum saves against the
+                                            # same in four lines; writes nothing
 
 Prints, at one thread and at two:
 
@@ -37,6 +37,7 @@ import numpy as np
 import torch
 from common import clock, each_layer, hardware, in_turn, rattled, silicon, write_results
 from torch import Tensor
+from torch.nn.functional import pad
 
 import facet
 
@@ -73,20 +74,20 @@ class EdgeWiseDensity(facet.Density):
             found = {l2: l1l2.count((l1, l2)) for l2 in range(config.degree + 1)}
             self.pairs.append({l2: rows for l2, rows in found.items() if rows})
 
-        blocks = self.G.view(len(order), -1, (l_in + 1) ** 2)[order]  # [rows, m2, m1]
+        blocks = self.G.view(len(order), (l_in + 1) ** 2, -1)[order]  # [rows, m1, m2]
         blocks = blocks.split([sum(pairs.values()) for pairs in self.pairs])
         for l1, G in enumerate(blocks):
-            G = G[..., facet.rows_of(l1)].transpose(0, 1).flatten(1)  # [m2, rows m1]
+            G = G[:, facet.rows_of(l1)].permute(2, 0, 1).flatten(1)  # [m2, rows m1]
             self.register_buffer(f"G{l1}", G)
         self.register_buffer("back", torch.tensor(order).argsort())  # to facet.Density's order
 
-    def forward(self, h: Tensor, index: Tensor, phi: Tensor, Y: Tensor) -> list[Tensor]:
+    def forward(self, h: Tensor, index: Tensor, phi: Tensor, Y: Tensor) -> Tensor:
         """As facet.Density."""
-        N, _, C = h.shape
-        _, B, _, K = phi.shape
-        src = index.view(N, B, K)[:, 0].flatten() // B  # [N K]
+        C = h.shape[2]
+        N, B, _, K = phi.shape
+        src = index[:, 0].flatten() // B  # [N K]
         radial = phi.permute(2, 0, 3, 1).repeat_interleave(C // B, -1)[..., None, :]
-        Y = (self.scale * Y).mT.reshape(N * K, -1)  # [N K, m2]; radial [L+1, N, K, 1, C]
+        Y = Y.mT.reshape(N * K, -1)  # [N K, m2]; radial [L+1, N, K, 1, C]
 
         sums = []
         for l1, pairs in enumerate(self.pairs):
@@ -99,8 +100,7 @@ class EdgeWiseDensity(facet.Density):
                 sums.append((message * radial[l2]).sum(1))  # [N, rows of l1 l2, C]
 
         A = torch.cat(sums, 1).index_select(1, self.back)  # [N, l3 m3 Q, C]
-        A = A.split([(2 * l + 1) * Q for l, Q in enumerate(self.counts)], 1)
-        return [a.reshape(-1, Q * C) for a, Q in zip(A, self.counts, strict=True)]
+        return pad(A, (0, 0, 0, 0, 0, len(h) - N))  # lone atoms get nothing
 
 
 def copper() -> tuple[facet.Batch, float]:
@@ -123,16 +123,16 @@ def layer_jobs(kind: type, batch: facet.Batch, config: facet.Config) -> dict[str
     splines = facet.RadialSplines(B * (L + 1), config).float()
     density = kind(L, L, config).float()
     h = torch.randn(N, (L + 1) ** 2, C).requires_grad_()
-    weights = [torch.randn(N * (2 * l + 1), Q * C) for l, Q in enumerate(density.counts)]
-    index = (batch.src[:, None] * B + torch.arange(B)[:, None]).flatten(0, 1)  # [N B, K]
+    weights = torch.randn(N, len(density.G), C)
+    index = batch.src[:, None] * B + torch.arange(B)[:, None]  # [N, B, K]
 
     def evaluate(differentiable: bool = False) -> list[Tensor]:
         vectors = batch.vectors.detach().requires_grad_()  # [N, K, 3]
         r = vectors.norm(dim=-1)  # [N, K]
-        phi = splines(r).view(N, K, B, L + 1).permute(0, 2, 3, 1).contiguous()  # [N, B, L+1, K]
+        phi = splines.by_layer(r, 1)[0].view(N, B, L + 1, K)
         Y = facet.harmonics(vectors / r[..., None], L).mT.contiguous()  # [N, M, K]
         A = density(h, index, phi, Y)
-        energy = sum((w * a * a).sum() for w, a in zip(weights, A, strict=True)) / 2
+        energy = (weights * A * A).sum() / 2
         slopes = torch.autograd.grad(energy, (vectors, h), create_graph=differentiable)
         return [energy, *slopes]
 
@@ -199,15 +199,15 @@ def share_of_peak(layer: dict, batch: facet.Batch, config: facet.Config) -> dict
     x = torch.randn(2048, 2048)
     peak = 2 * 2048**3 / min(clock(lambda: x @ x) for _ in range(12)) / 1e6
 
-    # NeighbourSum is N·B products [M, K] × [K, M·C/B]; NeighbourDot and NeighbourSpread are as
-    # large. The coupling is N products G [rows, M·M] × D [M·M, C], zeros of G included.
+    # A sum over neighbours is N·B products [M, K] × [K, M·C/B]; its derivatives are as large. The
+    # coupling is G [rows, M·M] × D [M·M, N·C], zeros of G included.
     rows = len(facet.Density(config.degree, config.degree, config).G)
     neighbour = 2 * N * K * M * M * C
     coupling = 2 * N * rows * M * M * C
 
-    # Energy: Sum, G. Its gradient: Gᵀ, Dot, Spread. Training, the derivative of all that: of Dot
-    # (Sum, Spread), of Spread (Sum, Dot), of Gᵀ (G), of G (Gᵀ), of Sum (Dot, Spread).
-    counts = (3 * neighbour + 2 * coupling, 9 * neighbour + 4 * coupling)
+    # NeighbourSum: one sum, G. NeighbourGrad: Gᵀ, two sums. Training takes both, then
+    # NeighbourGrad.backward (Gᵀ, five sums, G), then NeighbourGrad for what began the energy.
+    counts = (3 * neighbour + 2 * coupling, 10 * neighbour + 5 * coupling)
     result = {"peak_gflops": peak}
     for name, operations in zip(JOBS, counts, strict=True):
         rate = operations / layer[name]["density_ms"] / 1e6
@@ -293,16 +293,21 @@ def neighbour_share(sizes: list[int], seconds: float) -> dict:
     return result
 
 
-# ─── What the three sums over neighbours save ────────────────────────────────────────────────────
+# ─── What NeighbourSum saves ─────────────────────────────────────────────────────────────────────
 
 
 class PlainSum:
-    """What facet.NeighbourSum computes, in one line; its derivatives are autograd's."""
+    """What facet.NeighbourSum computes, in a few lines; its derivatives are autograd's."""
 
     @staticmethod
-    def apply(edge: Tensor, h: Tensor, index: Tensor) -> Tensor:
-        """edge [N·B, M, K], h [N·B, X], index [N·B, K] → [N·B, M, X]."""
-        return torch.bmm(edge, h[index])
+    def apply(
+        phi: Tensor, Y: Tensor, h: Tensor, index: Tensor, G: Tensor, degree: Tensor
+    ) -> Tensor:
+        """Shapes as there."""
+        edge = phi.index_select(2, degree) * Y[:, None]  # [N, B, M, K]
+        D = torch.bmm(h[index.flatten(0, 1)].mT, edge.flatten(0, 1).mT)  # [N b, c m1, m2]
+        A = (G @ D.view(-1, G.shape[1]).T).view(len(G), len(phi), -1)  # [Q, N, b c]
+        return pad(A, (0, 0, 0, len(h) // index.shape[1] - len(phi)))  # [Q, N+U, b c]
 
 
 SUMS = {"ours": facet.NeighbourSum, "plain": PlainSum}

@@ -155,7 +155,7 @@ def test_broken_crystal_stops_and_the_others_do_not_notice(breaks, monkeypatch):
     monkeypatch.setattr(facet, "find_neighbours", find_and_break)
     if breaks == "at first":
         with torch.no_grad():
-            model.repulsion.charge[CONFIG.species.index("Cu")] = np.nan
+            model.repulsion.pairs[:, CONFIG.species.index("Cu")] = np.nan
     bad, *got = relax(model, [strained("CuSi3"), *MOVING], fmax=0.05, steps=12)
     for one, other in zip(got, want, strict=True):
         assert one.info == other.info
