@@ -538,9 +538,10 @@ def paths(l_in: int, l_out: int, L: int) -> list[tuple[int, int, int]]:
 def chunks(index: Tensor, X: int) -> list[slice]:
     """Atoms of index [N, B, K] in portions n for which X numbers [n, B, K, X] fit the cache.
 
-    (On a GPU: a portion of its memory.)
+    Several threads have more cache, and need more work between their meetings. On a GPU the measure
+    is its memory.
     """
-    numbers = 2 ** 26 if index.is_cuda else 2 ** 18
+    numbers = 2 ** 26 if index.is_cuda else 2 ** 18 * torch.get_num_threads() ** 2
     n = max(1, numbers // max(1, index[0].numel() * X))
     N = len(index)
     return [slice(start, min(start + n, N)) for start in range(0, N, n)]
@@ -850,16 +851,16 @@ class GridLayer(nn.Module):
 class ProductGrid(GridLayer):
     """x + W₃ f with a product of two functions, exactly equivariant on a small grid.
 
-        f[lm] = σ(s) ⊙ Σ_p weight_p Y_lm(Ω_p) u(Ω_p) ⊙ v(Ω_p) / spread_l  +  [l = 0] silu(s)
-        u = x W₁,    v = x W₂ / √((1 + mean (x W₂)²)/2),    s = x[00] W_s + b
+        f[lm] = gate ⊙ Σ_p weight_p Y_lm(Ω_p) u(Ω_p) ⊙ v(Ω_p) / spread_l  +  [l = 0] silu(s)
+        u = x W₁,    v = x W₂,    s = x[00] W_s + b,    gate = σ(s) / √((1 + mean v²)/2)
         spread_l² = Σ_ab ⟨Y_lm Y_a Y_b⟩², the same for every m   (⟨⟩: mean over the sphere)
 
     u ⊙ v projected on degree L is the integral of a polynomial of degree 3L: with a rule of degree
     3L it is exact, and so is equivariance. Divided by its spread it has unit variance again where u
-    and v have. A gate σ(s) comes from the scalars and is one number for all points, so it changes
-    nothing. The length that divides v is one number per atom, too: with it f grows like x, not like
-    x², and crystals unlike those in the training set do not blow up from layer to layer (energies
-    of unknown compositions: a quarter better).
+    and v have. The gate comes from scalars and is the same for all points, so it changes nothing.
+    The length of v that divides it makes f grow like x, not like x², and crystals unlike those in
+    the training set do not blow up from layer to layer (energies of unknown compositions: a quarter
+    better).
     Product of functions on the sphere: EquiformerV3. Gates from the scalars: NequIP.
     """
 
