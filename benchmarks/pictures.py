@@ -24,8 +24,7 @@ BLUE, ORANGE, GREEN, RED = "#3b8eea", "#e0752d", "#2ea06b", "#e0524d"
 PURPLE, BROWN, PINK, GREY = "#9d72e3", "#b0862b", "#d565a6", "#808080"
 PEERS = {
     "Facet": BLUE, "MACE 64x0e+64x1o": ORANGE, "MACE 128x0e": RED, "MACE 128x0e+128x1o": BROWN,
-    "SevenNet-0": PURPLE, "NequIP": GREEN, "NequIP compiled": PINK,
-    "NequIP compiled, spinning": GREY}
+    "SevenNet-0": PURPLE, "NequIP": GREEN, "NequIP compiled": PINK}
 FAINT = "#80808055"  # lines of a grid
 
 STYLE = {

@@ -20,10 +20,8 @@ medians of 9 rounds after a warm-up: of 3 where a call takes more than 7 s or th
 than 512 atoms, of 1, the first, where it takes more than 15 s. Left out is what would need more
 than 16 GB or 30 s a call.
 
-OMP_WAIT_POLICY=PASSIVE and GOMP_SPINCOUNT=0 for all: with spinning barriers two threads suffer
-from any other program. That slows the compiled NequIP, which is therefore timed at two threads
-with spinning barriers as well. Writes benchmarks/results/speed.json and its picture (speed_cuda
-for a GPU).
+At two threads any other program spoils the times, of small operations most of all: the load is
+kept beside them. Writes benchmarks/results/speed.json and its picture (speed_cuda for a GPU).
 """
 from __future__ import annotations
 
@@ -38,14 +36,13 @@ from itertools import product
 
 import numpy as np
 from common import ROOT, atoms_in, read_results, write_results
-from summary import COMPILED, M64, M128, memory_share, speed_ratio
+from summary import M64, M128, NEQUIP, memory_share, speed_ratio
 
 # The option that names a Python, by a model's first word
 PYTHONS = {"Facet": "facet", "MACE": "mace", "SevenNet-0": "sevenn", "NequIP": "nequip"}
-MODELS = ["Facet", M128, "MACE 128x0e+128x1o", M64, "SevenNet-0", "NequIP", *COMPILED]
+MODELS = ["Facet", M128, "MACE 128x0e+128x1o", M64, "SevenNet-0", "NequIP", NEQUIP]
 ON_GPU = [*MODELS[:-1], *(f"{name} cuequivariance" for name in MODELS if "MACE" in name)]
 FEW = ["Facet", M128, M64, "NequIP"]  # with 4 species; NequIP's cost does not depend on them
-PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 
 # Growing: a process's peak memory never falls
 CRYSTALS = ["Si 8", "Mo 54", "Si 64", "NaCl 128", "Si 512", "Si 1000", "Si 4096"]
@@ -60,13 +57,10 @@ class Worker:
     """A model in its own process. about: what it said of itself; error: why it is of no use."""
 
     def __init__(self, python: str, model: str, species: int, threads: int, device: str):
-        environment = {k: v for k, v in os.environ.items() if k not in PASSIVE}
-        if not model.endswith(", spinning"):
-            environment |= PASSIVE
-        environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-
-        command = [python, "benchmarks/peers.py", model.removesuffix(", spinning")]
-        command += ["--species", str(species), "--threads", str(threads), "--device", device]
+        count = str(threads)
+        environment = {**os.environ, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
+        command = [python, "benchmarks/peers.py", model, "--species", str(species)]
+        command += ["--threads", count, "--device", device]
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
@@ -216,8 +210,6 @@ def run_all(args: argparse.Namespace, names: list[str], pythons: dict, crystals:
     for threads, species in product(args.threads, args.species):
         few = species != 89
         chosen = [name for name in names if name in FEW] if few else names
-        if threads == 1:
-            chosen = [name for name in chosen if "spinning" not in name]
         sizes = [crystal for crystal in crystals if crystal in ("Si 64", "Si 512") or not few]
 
         workers = start(pythons, chosen, species, threads, args.device)
@@ -238,14 +230,10 @@ def show_ratios(runs: dict) -> None:
     """Peers over Facet, at the worst crystal and number of threads."""
     for species in sorted({run["species"] for run in runs.values()}, reverse=True):
         print(f"{species} species: times of peers over Facet's, the least over crystals, threads")
-        for job, peers in (
-                ("bare", (M128,)), ("bare", (M64,)), ("bare", ("SevenNet-0",)), ("bare", COMPILED),
-                ("train", (M128,)), ("train", (M64,))):
-            try:
-                ratio = speed_ratio(runs, job, peers, species)
-                print(f"  {job:6s} {peers[0]:20s} {ratio:6.2f}")
-            except ValueError:
-                pass  # that peer was left out
+        for job, peer in (("bare", M128), ("bare", M64), ("bare", "SevenNet-0"), ("bare", NEQUIP),
+                          ("train", M128), ("train", M64)):
+            with suppress(ValueError):  # that peer was left out
+                print(f"  {job:6s} {peer:20s} {speed_ratio(runs, job, peer, species):6.2f}")
         with suppress(ValueError):
             print(f"  memory, of the most frugal peer's {memory_share(runs, species):6.2f}")
 
@@ -298,9 +286,10 @@ def main() -> None:
     runs = kept.get("runs", {}) | runs
     show_ratios(runs)
     if not args.quick:
-        allocator = {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")}
+        environment = {k: v for k, v in os.environ.items()
+                       if k.startswith(("MALLOC_", "OMP_", "GOMP_", "MKL_"))}
         write_results(name, {
-            "made": kept.get("made", []), "environment": PASSIVE | allocator, "dtype": "float32",
+            "made": kept.get("made", []), "environment": environment, "dtype": "float32",
             "cutoff_A": 5.0, "seconds": time.perf_counter() - begin, "runs": runs})
 
         # late: the memory of matplotlib would count as that of the workers (Linux)

@@ -417,7 +417,7 @@ def sum_first(figure: Figure) -> None:
     config = facet.Config(("Si",), channels=64)
     C = config.channels
     K = round(results["mean_neighbours"])
-    G = facet.Density(config.degree, config.degree, config).G  # [l3 m3 Q, m2 m1]
+    G = facet.Density(config.degree, config.degree, config).G  # [l3 m3 Q, m1 m2]
     M = (config.degree + 1) ** 2
     out = len(G)
     couplings = int((G != 0).sum())
@@ -426,7 +426,7 @@ def sum_first(figure: Figure) -> None:
                                           width_ratios=(1, 1.2)).values()
     tensors = (
         (0, K, out, f"edge by edge\n{K} neighbours\n× {out} (path, m)", ORANGE),
-        (75, M, M, f"neighbours first\n{M} × {M} (m2, m1)", BLUE),
+        (75, M, M, f"neighbours first\n{M} × {M} (m1, m2)", BLUE),
     )
     for x, width, height, text, colour in tensors:
         shapes.add_patch(Rectangle((x, 0), width, height, color=colour))
