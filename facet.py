@@ -691,16 +691,16 @@ class Density(nn.Module):
         self.register_buffer("degree_of_row", degree_of_row(L), persistent=False)  # [M]
 
     def forward(self, h: Tensor, index: Tensor, phi: Tensor, Y: Tensor) -> Tensor:
-        """The messages of all atoms: [N, l3 m3 Q, C].
+        """The messages of all atoms: [N+U, l3 m3 Q, C].
 
-        h [N, (l_in+1)², C] features, index [N, B, K] the neighbours' rows in h [N·B, …],
-        phi [N, B, L+1, K] radial functions, Y [N, M, K] harmonics. Atoms that are in h, but not in
-        the others, have no neighbours.
+        h [N+U, (l_in+1)², C] features, index [N, B, K] the neighbours' rows in h [(N+U)·B, …],
+        phi [N, B, L+1, K] radial functions, Y [N, M, K] harmonics. The last U atoms have no
+        neighbours.
         """
         B = index.shape[1]
-        h = h.transpose(1, 2).reshape(len(h) * B, -1)  # [N·B, c m1] a group of channels in each row
-        A = NeighbourSum.apply(phi, Y, h, index, self.G, self.degree_of_row)  # [l3 m3 Q, N, C]
-        return A.transpose(0, 1)  # [N, l3 m3 Q, C]
+        h = h.transpose(1, 2).reshape(len(h) * B, -1)  # [(N+U)·B, c m1] a row per group
+        A = NeighbourSum.apply(phi, Y, h, index, self.G, self.degree_of_row)  # [l3 m3 Q, N+U, C]
+        return A.transpose(0, 1)  # [N+U, l3 m3 Q, C]
 
 
 # ─── §6 Mixing, species and skip connection ───
