@@ -353,7 +353,7 @@ class RadialSplines(nn.Module):
         return wide[..., 3:R + 3]  # [..., R]
 
     def forward(self, r: Tensor) -> Tensor:
-        """r [...] Å → [..., count]."""
+        """r [...] Å → [..., count]. The network itself takes them `by_layer`."""
         return self.basis(r) @ self.coefficients  # [..., count]
 
     def by_layer(self, r: Tensor, T: int) -> list[Tensor]:
@@ -421,7 +421,8 @@ class Repulsion(nn.Module):
     def forward(self, r: Tensor, species: Tensor, src: Tensor) -> Tensor:
         """r [N, K] Å, species [N], src [N, K] → [N] eV."""
         end, inverse_a, half_k_qq = self.pairs[:, species[:, None], species[src]]  # 3 × [N, K]
-        if not self.training and (r >= end).all():  # as usual; training must not wait for a GPU
+        # As a rule no atoms come that close. To ask is to wait for a GPU: not in training
+        if not self.training and (r >= end).all():
             return r.new_zeros(len(r))
 
         xi = torch.exp((r * inverse_a)[..., None] * self.exponents) @ self.weights  # [N, K]
@@ -447,27 +448,27 @@ def harmonics(unit: Tensor, L: int) -> Tensor:
     """
     x, y, z = unit.unbind(-1)  # [...]
     Y = [None] * (L + 1) ** 2
-    norm = [None] * (L + 1) ** 2
     real, imaginary = torch.ones_like(x), None  # of (x + iy)^m
 
     for m in range(L + 1):
         first = float(np.prod(np.arange(1, 2 * m, 2)))  # P_m^m = (2m−1)!!
-        P = {m: 1.0, m + 1: (2 * m + 1) * z}  # P_l^m / P_m^m, by l
+        P = {m: 1.0, m + 1: (2 * m + 1) * z}  # here P_l^m / P_m^m, by l
         for l in range(m + 2, L + 1):
             P[l] = (2 * l - 1) / (l - m) * z * P[l - 1] - (l + m - 1) / (l - m) * P[l - 2]
 
         for l in range(m, L + 1):
             signs = 2 if m else 1  # +m and −m share the norm
-            ratio = factorial(l - m) / factorial(l + m)
-            for row, part in ((l * l + l + m, real), (l * l + l - m, imaginary))[:signs]:
-                Y[row] = P[l] * part
-                norm[row] = first * sqrt((2 * l + 1) * signs * ratio)
+            norm = sqrt((2 * l + 1) * signs * factorial(l - m) / factorial(l + m))
+            scaled = norm * first * P[l]
+            Y[l * l + l + m] = scaled * real
+            if m:
+                Y[l * l + l - m] = scaled * imaginary
 
         if m == 0:
             real, imaginary = x, y
         else:
             real, imaginary = x * real - y * imaginary, x * imaginary + y * real
-    return torch.stack(Y, -1) * unit.new_tensor(norm)  # [..., M]
+    return torch.stack(Y, -1)  # [..., M]
 
 
 def rows_of(l: int) -> slice:
@@ -552,14 +553,15 @@ class NeighbourSum(torch.autograd.Function):
 
     Group b of an atom sees group b of its neighbours: the rows of h are (atom, group). The number
 
-        F = Σ A·G·φ·Y·h[index]    for any A
+        F = Σ A·G·φ·Y·h[index]
 
-    is linear in each of A, φ, Y and h. This function is its derivative with respect to A,
-    NeighbourGrad are those with respect to the others, and NeighbourGrad.backward differentiates
-    those once more, which is what training on forces needs. Autograd could do all of it. Written
-    this way, the largest tensors (a number for each neighbour and channel, or neighbour, group and
-    harmonic) exist for one cache-sized chunk of atoms at a time and are never kept. That takes
-    0.2 to 0.5 of the memory and 0.6 to 0.85 of the time (benchmarks/density.py --sums).
+    is linear in each of A, φ, Y and h. This function is its derivative with respect to A. With a
+    gradient in the place of A, NeighbourGrad are those with respect to the others, and
+    NeighbourGrad.backward differentiates those once more, which is all that training on forces
+    needs. Autograd could do it. Written this way, the largest tensors (a number for each neighbour
+    and channel, or neighbour, group and harmonic) exist for one cache-sized chunk of atoms at a
+    time and are never kept. That takes 0.2 to 0.5 of the memory and 0.6 to 0.85 of the time
+    (benchmarks/density.py --sums).
     """
 
     @staticmethod
@@ -571,9 +573,10 @@ class NeighbourSum(torch.autograd.Function):
         """
         ctx.save_for_backward(phi, Y, h, index, G, degree)
         B, M, X = index.shape[1], Y.shape[1], h.shape[1]
-        A = h.new_zeros(len(G), len(h) // B, B * X * M // G.shape[1])  # [l3 m3 Q, N+U, b c]
+        c = X * M // G.shape[1]  # X = c·m1, and G has m1·m2 columns
+        A = h.new_zeros(len(G), len(h) // B, B * c)  # [l3 m3 Q, N+U, b c]
 
-        for n in chunks(index, X + M):
+        for n in chunks(index, X + M):  # X of them for features, M for edge
             edge = phi[n].index_select(2, degree) * Y[n, None]  # [n, b, M, K]
             there = embedding(index[n].flatten(0, 1), h)  # [n b, K, c m1] is h[index], only faster
             D = torch.bmm(there.mT, edge.flatten(0, 1).mT)  # [n b, c m1, m2]
@@ -604,9 +607,9 @@ class NeighbourGrad(torch.autograd.Function):
             radial = phi[n].index_select(2, degree)  # [n, b, M, K]
 
             # What a neighbour's weight φY is worth
-            edge = torch.bmm(D.mT, embedding(at, h).mT).view_as(radial)  # [n, b, M, K]
-            to_phi[n].index_add_(2, degree, edge * Y[n, None])  # [n, b, L+1, K]
-            torch.sum(edge * radial, 1, out=to_Y[n])  # [n, M, K]
+            worth = torch.bmm(D.mT, embedding(at, h).mT).view_as(radial)  # [n, b, M, K]
+            to_phi[n].index_add_(2, degree, worth * Y[n, None])  # [n, b, L+1, K]
+            torch.sum(worth * radial, 1, out=to_Y[n])  # [n, M, K]
 
             # What its features are worth
             if needs_h:
@@ -618,7 +621,10 @@ class NeighbourGrad(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dphi, dY, dh):
-        """The derivatives of Σ A·G·(dφ·Y·h + φ·dY·h + φ·Y·dh), with respect to A, φ, Y and h."""
+        """dφ, dY, dh: the gradients that come back for ∂F/∂φ, ∂F/∂Y, ∂F/∂h.
+
+        What goes on to A, φ, Y and h are the derivatives of Σ A·G·(dφ·Y·h + φ·dY·h + φ·Y·dh).
+        """
         A, phi, Y, h, index, G, degree = ctx.saved_tensors
         M, X = Y.shape[1], h.shape[1]
         dh = torch.zeros_like(h) if dh is None else dh
@@ -642,10 +648,10 @@ class NeighbourGrad(torch.autograd.Function):
             torch.mm(G, dD.T, out=to_A[:, n].view(len(G), -1))  # [l3 m3 Q, n b c]
 
             # To φ and Y
-            edge = torch.bmm(D.mT, there.mT).view_as(radial)  # [n, b, M, K]
-            edge_d = torch.bmm(D.mT, dthere.mT).view_as(radial)  # [n, b, M, K]
-            to_phi[n].index_add_(2, degree, torch.addcmul(edge_d * y, edge, dy))
-            torch.sum(torch.addcmul(edge_d * radial, edge, dradial), 1, out=to_Y[n])
+            worth = torch.bmm(D.mT, there.mT).view_as(radial)  # [n, b, M, K]
+            dworth = torch.bmm(D.mT, dthere.mT).view_as(radial)  # [n, b, M, K]
+            to_phi[n].index_add_(2, degree, torch.addcmul(dworth * y, worth, dy))
+            torch.sum(torch.addcmul(dworth * radial, worth, dradial), 1, out=to_Y[n])
 
             # To h
             there = torch.bmm(dedge.mT, D.mT)  # [n b, K, c m1]
@@ -662,12 +668,14 @@ class Density(nn.Module):
     Read as written, this makes a tensor of edges × paths × channels. But G knows no j, so the sum
     over neighbours goes first, and the coupling is done once per atom, not once per edge:
 
-        D[i,bc,m1,m2] = Σ_j (φ_b Y_l2m2)(r_ij) h[j,l1m1,bc]     one product per atom and group
-        A[i,p,m3,bc]  = Σ_m1,m2 G[m1,m2,m3] D[i,bc,m1,m2]       one product for all
+        D[i,bc,m1,m2] = Σ_j (φ_b Y_l2m2)(r_ij) h[j,l1m1,bc]
+        A[i,p,m3,bc]  = Σ_m1,m2 G[m1,m2,m3] D[i,bc,m1,m2] / √mean_neighbours
+
+    D is one matrix product for each atom and group, A one for all of them.
 
     It is the sharing of φ within a group that makes the sum one matrix product: with a function for
-    every channel the order still holds, at twice the time. Little is lost by sharing: the mixing
-    before and after (§6) lets every channel use the functions of every group.
+    every channel the order still holds, at two to three times the time. Little is lost by sharing:
+    the mixing before and after (§6) lets every channel use the functions of every group.
     """
 
     def __init__(self, l_in: int, l_out: int, config: Config):
@@ -712,7 +720,10 @@ def randn(*shape: int, fan_in: int = 1) -> nn.Parameter:
 
 
 class Mix(nn.Module):
-    """message[i, l3 m3] = A[i, p, m3, c] W_l3[pc, c'], summed over channels c and paths p to l3."""
+    """message[i, l3 m3] = A[i, p, m3, c] W_l3[pc, c'], summed over channels c and paths p to l3.
+
+    One product for each row (l3, m3, p) of A, then a sum over p.
+    """
 
     def __init__(self, counts: list[int], channels: int):
         super().__init__()
@@ -732,8 +743,9 @@ class Mix(nn.Module):
     def forward(self, A: Tensor) -> Tensor:
         """[N, l3 m3 Q, C] as Density returns it → [N, (l_out+1)², C]."""
         N, _, C = A.shape
-        W = torch.cat([W.view(-1, C, C) for W in self.W])  # [paths, C, C]
-        mixed = torch.bmm(A.transpose(0, 1), W.index_select(0, self.path))  # [l3 m3 Q, N, C]
+        by_path = torch.cat([W.view(-1, C, C) for W in self.W])  # [paths, C, C]
+        W = by_path.index_select(0, self.path)  # [l3 m3 Q, C, C]
+        mixed = torch.bmm(A.transpose(0, 1), W)  # [l3 m3 Q, N, C]
         message = self.total @ mixed.flatten(1)  # [M, N C]
         return message.view(-1, N, C).transpose(0, 1)  # [N, M, C]
 
@@ -998,7 +1010,8 @@ class Facet(nn.Module):
 
         # Less what a lone atom of the same species has
         of_atom, of_lone = (h[:, 0] @ self.readout).split([N, U])  # [N], [U]
-        alone = of_lone[torch.searchsorted(batch.present, batch.species)]  # [N]
+        which = torch.searchsorted(batch.present, batch.species)  # [N], for `present` is sorted
+        alone = of_lone[which]  # [N]
         learned = (of_atom - alone).double() * self.config.energy_scale  # [N]
 
         repulsion = self.repulsion(r, batch.species, batch.src)  # [N]
