@@ -27,31 +27,22 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import ase.build
 import numpy as np
 import torch
 from ase import Atoms
 from ase.data import atomic_numbers, chemical_symbols
-from common import rattled, silicon, versions
+from common import silicon, versions
 
 CUTOFF = 5.0  # Å
 SPECIES = {4: ["Na", "Si", "Cl", "Mo"], 89: chemical_symbols[1:90]}  # SevenNet-0 has 89
 
 
 def crystal(name: str) -> Atoms:
-    """A rattled crystal from its element and number of atoms, such as "Si 64"."""
+    """Rattled silicon of so many atoms, such as "Si 64"."""
     kind, count = name.split()
-    made = {
-        "Si": lambda: silicon(round((int(count) / 8) ** (1 / 3))),
-        "Mo": lambda: rattled(ase.build.bulk("Mo", cubic=True) * (3, 3, 3), 0.05),
-        "NaCl": lambda: rattled(
-            ase.build.bulk("NaCl", "rocksalt", a=5.64, cubic=True) * (4, 2, 2), 0.05
-        ),
-    }[kind]()
-    if len(made) != int(count):
-        raise ValueError(
-            f"there is no crystal {name}: Si comes in 8 n³ atoms, Mo in 54, NaCl in 128"
-        )
+    made = silicon(round((int(count) / 8) ** (1 / 3)))
+    if kind != "Si" or len(made) != int(count):
+        raise ValueError(f"there is no crystal {name}: silicon comes in 8 n³ atoms")
     return made
 
 

@@ -35,12 +35,13 @@ PUBLISHED = {
 # ─── Speed ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def speed_ratio(runs: dict, job: str, peer: str, species: int = 89) -> float:
-    """Milliseconds of a peer over Facet's: the least over crystals and threads."""
+def speed_ratio(runs: dict, job: str, peer: str, threads: int, species: int = 89) -> float:
+    """Milliseconds of a peer over Facet's: the least over crystals."""
     crystals = ("Si 64", "Si 512") if job == "bare" else ("4 x Si 64",)
     ratios = []
     for run in runs.values():
-        for crystal in crystals if run["species"] == species else ():
+        wanted = run["species"] == species and run["threads"] == threads
+        for crystal in crystals if wanted else ():
             row = run[job].get(crystal, {})
             if peer in row and "Facet" in row:
                 ratios.append(row[peer]["ms"] / row["Facet"]["ms"])
@@ -355,14 +356,13 @@ def beside_peers() -> list[str]:
     def add(subject: str, against: str, found: str, script: str) -> None:
         rows.append([subject, against, found, f"[{script}.py](benchmarks/{script}.py)"])
 
-    bare = [speed_ratio(runs, "bare", peer) for peer in (M64, M128, "SevenNet-0", NEQUIP)]
-    values = " · ".join(f"{ratio:.1f}" for ratio in bare)
-    peers = f"{M64} · {M128} · SevenNet-0 · NequIP, compiled"
-    add("energy, forces, stress", peers, f"{values} × as fast", "speed")
-
-    train = [speed_ratio(runs, "train", peer) for peer in (M64, M128)]
-    values = " · ".join(f"{ratio:.1f}" for ratio in train)
-    add("a training step", f"{M64} · {M128}", f"{values} × as fast", "speed")
+    for job, subject, peers in (
+            ("bare", "energy, forces, stress", (M64, M128, "SevenNet-0", NEQUIP)),
+            ("train", "a training step", (M64, M128))):
+        for threads, words in ((1, "one thread"), (2, "two threads")):
+            ratios = [speed_ratio(runs, job, peer, threads) for peer in peers]
+            values = " · ".join(f"{ratio:.1f}" for ratio in ratios)
+            add(f"{subject}, {words}", " · ".join(peers), f"{values} × as fast", "speed")
     add("memory", "the most frugal of them", f"{100 * memory_share(runs):.0f} % of it", "speed")
 
     for runs in default_trainings():
