@@ -560,8 +560,8 @@ class NeighbourSum(torch.autograd.Function):
     NeighbourGrad.backward differentiates those once more, which is all that training on forces
     needs. Autograd could do it. Written this way, the largest tensors (a number for each neighbour
     and channel, or neighbour, group and harmonic) exist for one cache-sized chunk of atoms at a
-    time and are never kept. That takes 0.2 to 0.5 of the memory and 0.6 to 0.85 of the time
-    (benchmarks/density.py --sums).
+    time and are never kept. That takes 0.3 to 0.8 of the memory and 0.6 to 0.9 of the time
+    (512 and 64 atoms; benchmarks/density.py --sums).
     """
 
     @staticmethod

@@ -19,7 +19,7 @@ cell included, in at most 300 steps, in turn by
 
 and then by tools.relax, all at once and once more in groups of like size, for the picture. One
 whose cell stretches or shrinks e-fold stops, as in tools.relax, and like one that needs more steps
-it counts as not converged. All 60 take 30 to 50 minutes on one quiet core.
+it counts as not converged. All 60 take a quarter of an hour on one quiet core.
 
 The two models differ, and so do their paths and steps: the ratio per step is the fair one, with the
 evaluations and the time that each model itself takes beside it, for much of the rest is
