@@ -67,8 +67,8 @@ def measure(n: int, processes: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[5, 11, 20],
-                        help="cubic cells along each side: 1,000, 10,648 and 64,000 atoms")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[5, 11, 20, 23],
+                        help="cubic cells along each side: 1,000, 10,648, 64,000, 97,336 atoms")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     args = parser.parse_args()
     content = {"runs": {}} | read_results("dynamics")
