@@ -109,16 +109,16 @@ class RadialMLP(BesselLinear):
         T = config.layers
         self.mlps = nn.ModuleList(MLP(config.groups, count // T) for _ in range(T))
 
-    def by_layer(self, r: Tensor, T: int) -> list[Tensor]:
-        """r [N, K] Å → T × [N, count/T, K]. Only what lies within the cutoff goes through MLPs."""
+    def forward(self, r: Tensor) -> Tensor:
+        """r [N, K] Å → [N, K, count]. Only what lies within the cutoff goes through the MLPs."""
         inside = r < self.cutoff  # [N, K]; padding can be most of K
         beta = self.basis(r[inside])  # [E, B]
-        layers = []
-        for mlp in self.mlps:
-            phi = mlp(beta)  # [E, count/T]
-            phi = phi.new_zeros(*r.shape, phi.shape[1]).index_put((inside,), phi)
-            layers.append(phi.mT.contiguous())  # [N, count/T, K]
-        return layers
+        phi = torch.cat([mlp(beta) for mlp in self.mlps], -1)  # [E, count]
+        return phi.new_zeros(*r.shape, phi.shape[1]).index_put((inside,), phi)  # [N, K, count]
+
+    def by_layer(self, r: Tensor, T: int) -> list[Tensor]:
+        """r [N, K] Å → T × [N, count/T, K]."""
+        return [phi.mT.contiguous() for phi in self(r).chunk(T, -1)]  # T × [N, count/T, K]
 
 
 class EdgeList(EdgeWiseDensity):
