@@ -1,13 +1,15 @@
 """Facet: an E(3)-equivariant interatomic potential in one readable file.
 
-[F]  N. Miklaucic et al., "Facet: highly efficient E(3)-equivariant networks for interatomic
-     potentials", 2025, arXiv 2509.08418: splines, the grid layer, the lean network.
-[B]  I. Batatia et al., "MACE", 2022, arXiv 2206.07697: density projections, normalisation by a
-     mean neighbour count.
-[L]  V. I. Lebedev, D. N. Laikov, Doklady Mathematics 59, 477 (1999): quadrature on the sphere.
-[D]  C. de Boor, "A Practical Guide to Splines", 2001, ch. IX: B-splines.
-[Z]  J. F. Ziegler, J. P. Biersack, U. Littmark, "The Stopping and Range of Ions in Solids", 1985:
-     screened nuclei.
+[F]        N. Miklaucic et al., "Facet: highly efficient E(3)-equivariant networks for interatomic
+           potentials", 2025, arXiv 2509.08418: splines, the grid layer, the lean network.
+[MACE]     I. Batatia et al., 2022, arXiv 2206.07697: density projections, normalisation by a mean
+           neighbour count.
+[NequIP]   S. Batzner et al., 2021, arXiv 2101.03164: gates made from scalars.
+[Eq3]      Y.-L. Liao et al., "EquiformerV3", 2026, arXiv 2604.09130: products on the sphere.
+[Lebedev]  V. I. Lebedev, D. N. Laikov, Doklady Mathematics 59, 477, 1999: sphere quadrature.
+[deBoor]   C. de Boor, "A Practical Guide to Splines", 2001, ch. IX: B-splines.
+[ZBL]      J. F. Ziegler, J. P. Biersack, U. Littmark, "The Stopping and Range of Ions in Solids",
+           1985: screened nuclei.
 
     crystal → neighbours (§1) ─┬→ radial splines φ_b(r)  (§2) ┐
                                └→ harmonics Y_lm(r̂)      (§3) ┤
@@ -26,7 +28,7 @@ Glossary
     L  highest degree l of a feature          R  B-splines on the radial axis
     M  (L+1)², number of (l, m)               P  points of the Lebedev grid
     Q  paths (l1, l2, l3) of a layer          Z  chemical species that the model knows
-    X  whatever a row holds, (l1 m1 c)        U  chemical species that are present in the batch
+    X  what a row of h holds, (c, l1 m1)      U  chemical species that are present in the batch
 
 Conventions
     units       Å, eV, eV/Å, eV/Å³
@@ -36,7 +38,7 @@ Conventions
     harmonics   real, mean of Y² over the sphere = 1; l = 1, m = −1 0 1 is √3 (y, z, x)
     parity      degree l has parity (−1)^l, so only couplings with even l1 + l2 + l3 exist:
                 the group is O(3), not SO(3)
-    stress      +(1/volume) ∂E/∂strain, as ASE: positive means that the crystal wants to shrink
+    stress      +(1/volume) ∂energy/∂strain, as ASE: positive means that the crystal wants to shrink
 
 It does not include charges, spins, long-range forces, odd-parity couplings.
 `python test_facet.py` checks what you changed.
@@ -45,7 +47,10 @@ from __future__ import annotations
 
 import io
 import os
+import threading
+import warnings
 from dataclasses import asdict, dataclass, fields
+from functools import reduce
 from math import factorial, sqrt
 from pathlib import Path
 from typing import NamedTuple
@@ -60,7 +65,6 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from scipy.integrate import lebedev_rule
 from scipy.spatial import cKDTree
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding, pad, silu
 
 
@@ -77,7 +81,7 @@ class Config:
     splines: int = 24           # R; B-splines per radial function, 0.21 Å apart by default
     first_knot: float = 0.0     # Å; the radial axis begins here, best below the shortest distance
     activation: str = "product" # of the grid layer: "product" (exact) or "silu" (the paper's)
-    grid_degree: int = 0        # the grid is exact up to it; 0: 3L (product), int(7.5 L) (silu)
+    grid_degree: int = 0        # the grid is exact up to it; 0: that of the activation, see §7
     mean_neighbours: float = 30.0  # of the training set; sums over neighbours are divided by its √
     energy_scale: float = 1.0   # eV; force RMS of the training set times 1 Å
     reference_energies: tuple[float, ...] = ()  # eV per species, E0; empty: zeros
@@ -86,61 +90,57 @@ class Config:
 
     def __post_init__(self):
         """Raise ValueError, in one sentence, for what cannot be built."""
-        # Numbers of NumPy become plain ones, fit to be saved; 16.9 channels are not 16
         for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in ("species", "reference_energies", "core"):
-                if np.ndim(value) != 1:  # a text has none
-                    raise ValueError(f"{field.name} must be a tuple of items, not {value!r}")
-                kind = str if field.name == "species" else float
-                plain = tuple(np.asarray(value, kind).tolist())
-            else:
-                kind = type(field.default)
-                try:
-                    plain = kind(value)
-                    fits = plain == value  # nan is not equal to itself
-                except (TypeError, ValueError, OverflowError):
-                    fits = False
-                if not fits:
-                    raise ValueError(f"{field.name} must be of type {kind.__name__}, not {value!r}")
-            object.__setattr__(self, field.name, plain)
+            object.__setattr__(self, field.name, plain(field, getattr(self, field.name)))
 
         numbers = (self.cutoff, self.mean_neighbours, self.energy_scale,
                    *self.reference_energies, *self.core)
-        if not np.isfinite(numbers).all():
-            raise ValueError(f"every number must be finite, but there are {numbers}")
-
         known = set(self.species) & atomic_numbers.keys() - {"X"}  # ASE's name for no element
-        if not self.species or len(known) < len(self.species):
-            raise ValueError("species must be different chemical symbols, such as ('Si', 'O'), "
-                             f"not {self.species}")
+        per_species = len(self.reference_energies), len(self.core)
+        for wrong, sentence in (
+                (not np.isfinite(numbers).all(),
+                 f"every number must be finite, but there are {numbers}"),
+                (not self.species or len(known) < len(self.species),
+                 "species must be different chemical symbols, such as ('Si', 'O'), "
+                 f"not {self.species}"),
+                (min(self.layers, self.groups) < 1 or min(self.degree, self.grid_degree) < 0,
+                 "layers and groups must be at least 1, degree and grid_degree at least 0"),
+                (self.splines < 4, f"splines must be at least 4, not {self.splines}"),
+                (self.channels < 1 or self.channels % max(1, self.groups),
+                 f"channels ({self.channels}) must be a multiple of groups ({self.groups})"),
+                (self.activation not in ("product", "silu"),
+                 f'activation must be "product" or "silu", not "{self.activation}"'),
+                (not 0 <= self.first_knot < self.cutoff,
+                 f"first_knot must lie between 0 and the cutoff ({self.cutoff} Å)"),
+                (min(self.mean_neighbours, self.energy_scale) <= 0,
+                 "mean_neighbours and energy_scale must be above 0"),
+                (not set(per_species) <= {0, len(self.species)},
+                 "reference_energies and core need one number per species, or none at all"),
+                (any(not 0 <= radius <= self.cutoff / 2 for radius in self.core),
+                 f"core {self.core} must lie between 0 and half the cutoff ({self.cutoff} Å), "
+                 "beyond which atoms do not see each other")):
+            if wrong:
+                raise ValueError(sentence)
 
-        if min(self.layers, self.groups) < 1 or min(self.degree, self.grid_degree) < 0:
-            raise ValueError("layers and groups must be at least 1, degree and grid_degree at "
-                             "least 0")
-        if self.splines < 4:
-            raise ValueError(f"splines must be at least 4, not {self.splines}")
-        if self.channels < 1 or self.channels % self.groups:
-            raise ValueError(f"channels ({self.channels}) must be a multiple of groups "
-                             f"({self.groups})")
 
-        if self.activation not in ("product", "silu"):
-            raise ValueError(f'activation must be "product" or "silu", not "{self.activation}"')
+def plain(field, value):
+    """The value of a field of Config in plain Python, fit to be saved, whatever NumPy made of it.
 
-        if not 0 <= self.first_knot < self.cutoff:
-            raise ValueError(f"first_knot must lie between 0 and the cutoff ({self.cutoff} Å)")
+    Raises ValueError where that would change it: 16.9 channels are not 16.
+    """
+    if isinstance(field.default, tuple) or field.name == "species":
+        if np.ndim(value) != 1:  # a text has none
+            raise ValueError(f"{field.name} must be a tuple of items, not {value!r}")
+        return tuple(np.asarray(value, str if field.name == "species" else float).tolist())
 
-        if min(self.mean_neighbours, self.energy_scale) <= 0:
-            raise ValueError("mean_neighbours and energy_scale must be above 0")
-
-        for per_species in (self.reference_energies, self.core):
-            if len(per_species) not in (0, len(self.species)):
-                raise ValueError("reference_energies and core need one number per species, "
-                                 "or none at all")
-
-        if any(not 0 <= radius <= self.cutoff / 2 for radius in self.core):
-            raise ValueError(f"core {self.core} must lie between 0 and half the cutoff "
-                             f"({self.cutoff} Å), beyond which atoms do not see each other")
+    kind = type(field.default)
+    try:
+        converted = kind(value)
+        if converted == value:  # nan is not equal to itself
+            return converted
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ValueError(f"{field.name} must be of type {kind.__name__}, not {value!r}")
 
 
 # ─── §1 Crystals to neighbours ───
@@ -209,7 +209,7 @@ def neighbour_list(positions: np.ndarray, cell: np.ndarray, pbc, cutoff: float):
 
     # Ghosts: images of the atoms whose fractional coordinates lie within reach of the cell
     ghost = np.arange(len(positions))  # [ghosts] which atom it is an image of
-    shift = fold  # [ghosts, 3]
+    shift = fold.copy()  # [ghosts, 3]
     for axis in np.flatnonzero(pbc):
         n = int(np.ceil(reach[axis]))
         image = np.arange(-n, n + 1)
@@ -297,7 +297,7 @@ def make_batch(crystals: list[Neighbours], cutoff: float, dtype=torch.float32) -
 
 
 class RadialSplines(nn.Module):
-    """`count` learned functions of the distance, each a uniform cubic B-spline. [F §3.1], [D]
+    """`count` learned functions of the distance, each a uniform cubic B-spline. [F §3.1], [deBoor]
 
         φ_b(r) = Σ_k coefficients[k, b] · bump(t − k),  t = (r − first_knot)/spacing,  k = −1 … R−2
 
@@ -308,7 +308,10 @@ class RadialSplines(nn.Module):
     out in the same way, so φ is smooth and finite down to r = 0.
 
     The functions start as √5/2 (1 − x²) sin(nπx)/x, x = r/cutoff: sine-Bessel functions that end
-    smoothly, of mean square about 1 in the ball.
+    smoothly. Averaged over the ball of radius cutoff, their square is about 1.
+
+    Two derivatives are continuous. The third, which derivatives of Hessians contain, is piecewise
+    constant: it jumps where r passes a knot.
     """
 
     def __init__(self, count: int, config: Config):
@@ -325,8 +328,8 @@ class RadialSplines(nn.Module):
         coefficients = torch.zeros(config.splines, count, dtype=torch.float64)  # [R, count]
         self.coefficients = nn.Parameter(coefficients)
 
-        # One frequency per group, the same for all degrees and layers; R splines follow those up
-        # to about 2R/3
+        # The columns are (layer, group, degree). One frequency per group, the same for all layers
+        # and degrees; R splines follow those up to about 2R/3
         frequency = torch.arange(count) // (config.degree + 1) % config.groups + 1  # [count]
 
         def bessel(r: Tensor) -> Tensor:
@@ -357,29 +360,23 @@ class RadialSplines(nn.Module):
         return self.basis(r) @ self.coefficients  # [..., count]
 
     def by_layer(self, r: Tensor, T: int) -> list[Tensor]:
-        """r [N, K] Å → the functions in T equal parts, T × [N, count/T, K].
+        """r [N, K] Å → the functions of each layer, T × [N, B (L+1), K], count = T B (L+1).
 
         The same numbers, in the order in which the sum over neighbours wants them.
         """
         basis = self.basis(r).mT  # [N, R, K]
-        parts = self.coefficients.T.chunk(T)  # T × [count/T, R]
+        parts = self.coefficients.T.chunk(T)  # T × [B (L+1), R]
         return [torch.bmm(part.expand(len(r), -1, -1), basis) for part in parts]
 
     @torch.no_grad()
-    def fit(self, f, distances: Tensor | None = None) -> Tensor:
+    def fit(self, f) -> Tensor:
         """Set the coefficients by least squares so that φ(r) ≈ f(r).
 
-        f maps r [n] Å to [n, count] and is 0 beyond the cutoff. distances [n] Å are those that
-        occur (an MLP is to be imitated where it is used); without them the whole axis counts, as in
-        a uniform medium. Returns the root mean square error of each function, [count].
+        f maps r [n] Å to [n, count] and is 0 beyond the cutoff. Distances count as often as they
+        occur in a uniform medium. Returns the root mean square error of each function, [count].
         """
-        if distances is None:
-            r = torch.linspace(self.first_knot, self.cutoff, 1024, dtype=torch.float64)  # [n]
-            weight = r / self.cutoff  # [n] √ of the shell's volume
-        else:
-            r = distances.double()  # [n]
-            weight = torch.ones_like(r)  # [n]
-
+        r = torch.linspace(self.first_knot, self.cutoff, 1024, dtype=torch.float64)  # [n]
+        weight = r / self.cutoff  # [n] √ of the shell's volume
         target = f(r).double() * weight[:, None]  # [n, count]
         design = self.basis(r) * weight[:, None]  # [n, R]
         fitted = torch.linalg.lstsq(design, target, driver="gelsd").solution  # [R, count]
@@ -388,13 +385,13 @@ class RadialSplines(nn.Module):
 
 
 class Repulsion(nn.Module):
-    """Repulsion of atoms that come closer than any in the training data, half of V to either. [Z]
+    """Repulsion of atoms that come closer than any in the training data. [ZBL]
 
         V(r) = k q_i q_j / r · ξ(r/a) · (1 − (r/ρ)⁶)³    for r < ρ = core_i + core_j, else 0
 
     q are the nuclear charges and 1/a = (q_i^0.23 + q_j^0.23)/0.4685 Å. V ends at ρ with two
-    derivatives. Below the shortest distance that it was trained on, a network may say anything; two
-    nuclei, screened by their electrons (ξ), say clearly what is right.
+    derivatives. Each of the two atoms gets half of V. Below the shortest distance that it was
+    trained on, a network may predict anything; two nuclei, screened by their electrons (ξ), repel.
     """
 
     def __init__(self, config: Config):
@@ -421,7 +418,7 @@ class Repulsion(nn.Module):
     def forward(self, r: Tensor, species: Tensor, src: Tensor) -> Tensor:
         """r [N, K] Å, species [N], src [N, K] → [N] eV."""
         end, inverse_a, half_k_qq = self.pairs[:, species[:, None], species[src]]  # 3 × [N, K]
-        # As a rule no atoms come that close. To ask is to wait for a GPU: not in training
+        # As a rule no atoms come that close. `.all()` makes the CPU wait for a GPU: not in training
         if not self.training and (r >= end).all():
             return r.new_zeros(len(r))
 
@@ -451,15 +448,16 @@ def harmonics(unit: Tensor, L: int) -> Tensor:
     real, imaginary = torch.ones_like(x), None  # of (x + iy)^m
 
     for m in range(L + 1):
-        first = float(np.prod(np.arange(1, 2 * m, 2)))  # P_m^m = (2m−1)!!
-        P = {m: 1.0, m + 1: (2 * m + 1) * z}  # here P_l^m / P_m^m, by l
+        P_mm = float(np.prod(np.arange(1, 2 * m, 2)))  # P_m^m = (2m−1)!!
+        ratio = {m: 1.0, m + 1: (2 * m + 1) * z}  # P_l^m / P_m^m, by l
         for l in range(m + 2, L + 1):
-            P[l] = (2 * l - 1) / (l - m) * z * P[l - 1] - (l + m - 1) / (l - m) * P[l - 2]
+            two_terms = (2 * l - 1) * z * ratio[l - 1] - (l + m - 1) * ratio[l - 2]
+            ratio[l] = two_terms / (l - m)
 
         for l in range(m, L + 1):
             signs = 2 if m else 1  # +m and −m share the norm
             norm = sqrt((2 * l + 1) * signs * factorial(l - m) / factorial(l + m))
-            scaled = norm * first * P[l]
+            scaled = norm * P_mm * ratio[l]
             Y[l * l + l + m] = scaled * real
             if m:
                 Y[l * l + l - m] = scaled * imaginary
@@ -485,7 +483,7 @@ def degree_of_row(L: int) -> Tensor:
 
 
 def lebedev(exact_degree: int) -> tuple[Tensor, Tensor]:
-    """Smallest Lebedev rule that integrates every polynomial of exact_degree. [L]
+    """Smallest Lebedev rule that integrates every polynomial of exact_degree. [Lebedev]
 
     Returns points [P, 3] and weights [P] of sum 1. A constant needs one point.
     Raises ValueError beyond degree 131, the largest rule there is.
@@ -539,8 +537,8 @@ def paths(l_in: int, l_out: int, L: int) -> list[tuple[int, int, int]]:
 def chunks(index: Tensor, X: int) -> list[slice]:
     """Atoms of index [N, B, K] in portions n for which X numbers [n, B, K, X] fit the cache.
 
-    Several threads have more cache, and need more work between their meetings. On a GPU the measure
-    is its memory.
+    Threads wait for each other after every chunk, so several threads get larger ones. On a GPU the
+    measure is its memory; no GPU has been measured. (benchmarks/density.py --chunks)
     """
     numbers = 2 ** 26 if index.is_cuda else 2 ** 18 * torch.get_num_threads() ** 2
     n = max(1, numbers // max(1, index[0].numel() * X))
@@ -549,113 +547,102 @@ def chunks(index: Tensor, X: int) -> list[slice]:
 
 
 class NeighbourSum(torch.autograd.Function):
-    """A[p m3, n, bc] = Σ_m1,m2 G[p m3, m1 m2] Σ_k φ[n,b,l2,k] Y[n,m2,k] h[index[n,b,k], c m1].
+    """A[p m3, n, bc] = Σ_m1,m2 G[p m3, m1 m2] Σ_k w[n,b,m2,k] h[index[n,b,k], c m1]
 
-    Group b of an atom sees group b of its neighbours: the rows of h are (atom, group). The number
+        w[n,b,m2,k] = Σ_s φ[s,n,b,l2,k] Y[s,n,m2,k]
 
-        F = Σ A·G·φ·Y·h[index]
+    Group b of an atom sees group b of its neighbours: the rows of h are (atom, group). The model
+    has one term s; the derivative of φ Y has two.
 
-    is linear in each of A, φ, Y and h. This function is its derivative with respect to A. With a
-    gradient in the place of A, NeighbourGrad are those with respect to the others, and
-    NeighbourGrad.backward differentiates those once more, which is all that training on forces
-    needs. Autograd could do it. Written this way, the largest tensors (a number for each neighbour
-    and channel, or neighbour, group and harmonic) exist for one cache-sized chunk of atoms at a
-    time and are never kept. That takes 0.3 to 0.8 of the memory and 0.6 to 0.9 of the time
-    (512 and 64 atoms; benchmarks/density.py --sums).
+    Autograd could do it. Written by hand, the largest tensors (w, and h of every neighbour) exist
+    for one cache-sized chunk of atoms at a time and are never kept; benchmarks/density.py --sums
+    measures what that saves. The gradients are sums of the same kind, so they can be differentiated
+    again, any number of times. torch.func cannot do that: it needs `setup_context`, which inspects
+    signatures at every call and is slower.
     """
 
     @staticmethod
     def forward(ctx, phi, Y, h, index, G, degree):
-        """phi [N, B, L+1, K], Y [N, M, K], h [(N+U)·B, c m1], index [N, B, K],
+        """phi [S, N, B, L+1, K], Y [S, N, M, K], h [(N+U)·B, c m1], index [N, B, K],
         G [l3 m3 Q, m1 m2], degree [M] of each row of Y → A [l3 m3 Q, N+U, b c].
 
         The last U atoms have no neighbours, so their A is 0.
         """
         ctx.save_for_backward(phi, Y, h, index, G, degree)
-        B, M, X = index.shape[1], Y.shape[1], h.shape[1]
+        B, M, X = index.shape[1], Y.shape[2], h.shape[1]
         c = X * M // G.shape[1]  # X = c·m1, and G has m1·m2 columns
         A = h.new_zeros(len(G), len(h) // B, B * c)  # [l3 m3 Q, N+U, b c]
 
-        for n in chunks(index, X + M):  # X of them for features, M for edge
-            edge = phi[n].index_select(2, degree) * Y[n, None]  # [n, b, M, K]
+        for n in chunks(index, X + M):  # X numbers of each neighbour for h, M for w
+            terms = phi[:, n].index_select(3, degree) * Y[:, n, None]  # [S, n, b, M, K]
+            w = reduce(torch.add, terms).flatten(0, 1)  # [n b, M, K]
             there = embedding(index[n].flatten(0, 1), h)  # [n b, K, c m1] is h[index], only faster
-            D = torch.bmm(there.mT, edge.flatten(0, 1).mT)  # [n b, c m1, m2]
+            D = torch.bmm(there.mT, w.mT)  # [n b, c m1, m2]
             D = D.view(-1, G.shape[1])  # [n b c, m1 m2]
             torch.mm(G, D.T, out=A[:, n].view(len(G), -1))  # [l3 m3 Q, n b c]
         return A
 
     @staticmethod
-    def backward(ctx, A):
-        slopes = NeighbourGrad.apply(A, *ctx.saved_tensors, ctx.needs_input_grad[2])
+    def backward(ctx, grad_A):
+        slopes = NeighbourGrad.apply(grad_A, *ctx.saved_tensors, ctx.needs_input_grad[2])
         return *slopes, None, None, None
 
 
 class NeighbourGrad(torch.autograd.Function):
-    """∂F/∂φ, ∂F/∂Y and, where it is needed, ∂F/∂h; see NeighbourSum."""
+    """Derivatives of Σ grad_A · A with respect to φ, Y and, where it is needed, h."""
 
     @staticmethod
-    def forward(ctx, A, phi, Y, h, index, G, degree, needs_h):
+    def forward(ctx, grad_A, phi, Y, h, index, G, degree, needs_h):
         """Shapes as in NeighbourSum."""
-        ctx.save_for_backward(A, phi, Y, h, index, G, degree)
-        M, X = Y.shape[1], h.shape[1]
-        to_phi, to_Y = phi.new_zeros(phi.shape), Y.new_empty(Y.shape)
+        ctx.save_for_backward(grad_A, phi, Y, h, index, G, degree)
+        ctx.set_materialize_grads(False)
+        M, X = Y.shape[2], h.shape[1]
+        to_phi = phi.new_zeros(phi.shape)
+        to_Y = torch.empty_like(Y)
         to_h = h.new_zeros(h.shape) if needs_h else None
 
         for n in chunks(index, X + M):
             at = index[n].flatten(0, 1)  # [n b, K]
-            D = (A[:, n].flatten(1).T @ G).view(-1, X, M)  # [n b, c m1, m2]
-            radial = phi[n].index_select(2, degree)  # [n, b, M, K]
+            D = (grad_A[:, n].flatten(1).T @ G).view(-1, X, M)  # [n b, c m1, m2] gradient of D
+            radial = phi[:, n].index_select(3, degree)  # [S, n, b, M, K]
+            y = Y[:, n, None]  # [S, n, 1, M, K]
 
-            # What a neighbour's weight φY is worth
-            worth = torch.bmm(D.mT, embedding(at, h).mT).view_as(radial)  # [n, b, M, K]
-            to_phi[n].index_add_(2, degree, worth * Y[n, None])  # [n, b, L+1, K]
-            torch.sum(worth * radial, 1, out=to_Y[n])  # [n, M, K]
+            # What a neighbour's weight w is worth, and φ and Y in it
+            worth = torch.bmm(D.mT, embedding(at, h).mT).view_as(radial[0])  # [n, b, M, K]
+            to_phi[:, n].index_add_(3, degree, worth * y)  # [S, n, b, L+1, K]
+            torch.sum(worth * radial, 2, out=to_Y[:, n])  # [S, n, M, K]
 
             # What its features are worth
             if needs_h:
-                edge = (radial * Y[n, None]).flatten(0, 1)  # [n b, M, K]
-                there = torch.bmm(edge.mT, D.mT)  # [n b, K, c m1]
+                w = reduce(torch.add, radial * y).flatten(0, 1)  # [n b, M, K]
+                there = torch.bmm(w.mT, D.mT)  # [n b, K, c m1]
                 to_h.index_add_(0, at.flatten(), there.flatten(0, 1))
         return to_phi, to_Y, to_h
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dphi, dY, dh):
-        """dφ, dY, dh: the gradients that come back for ∂F/∂φ, ∂F/∂Y, ∂F/∂h.
+        """Derivatives of Σ grad_A·G·(dw·h + w·dh), where dw = dφ·Y + φ·dY.
 
-        What goes on to A, φ, Y and h are the derivatives of Σ A·G·(dφ·Y·h + φ·dY·h + φ·Y·dh).
+        dphi, dY, dh are the gradients of to_phi, to_Y, to_h, of which some may be None.
         """
-        A, phi, Y, h, index, G, degree = ctx.saved_tensors
-        M, X = Y.shape[1], h.shape[1]
-        dh = torch.zeros_like(h) if dh is None else dh
-        to_A, to_phi, to_Y, to_h = (x.new_zeros(x.shape) for x in (A, phi, Y, h))
+        grad_A, phi, Y, h, *constants = ctx.saved_tensors
+        dphi = torch.zeros_like(phi) if dphi is None else dphi
+        dY = torch.zeros_like(Y) if dY is None else dY
 
-        for n in chunks(index, X + M):
-            at = index[n].flatten(0, 1)  # [n b, K]
-            D = (A[:, n].flatten(1).T @ G).view(-1, X, M)  # [n b, c m1, m2]
-            y = Y[n, None]  # [n, 1, M, K]
-            dy = dY[n, None]  # [n, 1, M, K]
-            radial = phi[n].index_select(2, degree)  # [n, b, M, K]
-            dradial = dphi[n].index_select(2, degree)  # [n, b, M, K]
-            there = embedding(at, h)  # [n b, K, c m1]
-            dthere = embedding(at, dh)  # [n b, K, c m1]
+        # dw·h has twice the terms of w·h; φ stands in the second half of them, Y in the first
+        two_phi = torch.cat([dphi, phi])  # [2S, N, B, L+1, K]
+        two_Y = torch.cat([Y, dY])  # [2S, N, M, K]
+        to_A = NeighbourSum.apply(two_phi, two_Y, h, *constants)
+        to_phi, to_Y, to_h = NeighbourGrad.apply(grad_A, two_phi, two_Y, h, *constants, True)
+        to_phi = to_phi[len(phi):]  # [S, N, B, L+1, K]
+        to_Y = to_Y[:len(Y)]  # [S, N, M, K]
 
-            # To A: the sums over neighbours, with one factor replaced
-            edge = (radial * y).flatten(0, 1)  # [n b, M, K]
-            dedge = torch.addcmul(dradial * y, radial, dy).flatten(0, 1)  # [n b, M, K]
-            dD = torch.bmm(there.mT, dedge.mT).baddbmm_(dthere.mT, edge.mT)  # [n b, c m1, m2]
-            dD = dD.view(-1, G.shape[1])  # [n b c, m1 m2]
-            torch.mm(G, dD.T, out=to_A[:, n].view(len(G), -1))  # [l3 m3 Q, n b c]
-
-            # To φ and Y
-            worth = torch.bmm(D.mT, there.mT).view_as(radial)  # [n, b, M, K]
-            dworth = torch.bmm(D.mT, dthere.mT).view_as(radial)  # [n, b, M, K]
-            to_phi[n].index_add_(2, degree, torch.addcmul(dworth * y, worth, dy))
-            torch.sum(torch.addcmul(dworth * radial, worth, dradial), 1, out=to_Y[n])
-
-            # To h
-            there = torch.bmm(dedge.mT, D.mT)  # [n b, K, c m1]
-            to_h.index_add_(0, at.flatten(), there.flatten(0, 1))
+        # w·dh
+        if dh is not None:
+            to_A = to_A + NeighbourSum.apply(phi, Y, dh, *constants)
+            more = NeighbourGrad.apply(grad_A, phi, Y, dh, *constants, False)
+            to_phi = to_phi + more[0]
+            to_Y = to_Y + more[1]
         return to_A, to_phi, to_Y, to_h, None, None, None, None
 
 
@@ -671,10 +658,10 @@ class Density(nn.Module):
         D[i,bc,m1,m2] = Σ_j (φ_b Y_l2m2)(r_ij) h[j,l1m1,bc]
         A[i,p,m3,bc]  = Σ_m1,m2 G[m1,m2,m3] D[i,bc,m1,m2] / √mean_neighbours
 
-    D is one matrix product for each atom and group, A one for all of them.
+    D takes a matrix product for each atom and group. A takes one product for all atoms.
 
-    It is the sharing of φ within a group that makes the sum one matrix product: with a function for
-    every channel the order still holds, at two to three times the time. Little is lost by sharing:
+    The sum is a matrix product because the channels of a group share φ. With a function for every
+    channel the order still holds, but each channel is a sum of its own. Little is lost by sharing:
     the mixing before and after (§6) lets every channel use the functions of every group.
     """
 
@@ -707,7 +694,8 @@ class Density(nn.Module):
         """
         B = index.shape[1]
         h = h.transpose(1, 2).reshape(len(h) * B, -1)  # [(N+U)·B, c m1] a row per group
-        A = NeighbourSum.apply(phi, Y, h, index, self.G, self.degree_of_row)  # [l3 m3 Q, N+U, C]
+        constants = index, self.G, self.degree_of_row
+        A = NeighbourSum.apply(phi[None], Y[None], h, *constants)  # [l3 m3 Q, N+U, C]
         return A.transpose(0, 1)  # [N+U, l3 m3 Q, C]
 
 
@@ -829,7 +817,7 @@ class Skip(nn.Module):
 
 
 class GridLayer(nn.Module):
-    """A non-linearity for features that rotate: x → x + f(x). [F §3.3]
+    """A non-linearity for features that rotate: x → x + f W₃. [F §3.3]
 
     x[i, lm, c] are the coefficients of a function on the sphere, x(Ω, c) = Σ_lm Y_lm(Ω) x[lm, c].
     Rotating x rotates the function, and whatever is done point by point commutes with that. So:
@@ -854,26 +842,24 @@ class GridLayer(nn.Module):
         values = self.to_grid @ x.transpose(0, 1).flatten(1)  # [P, N C]
         return values.view(-1, len(x), x.shape[2])  # [P, N, C]
 
-    def from_grid(self, values: Tensor) -> Tensor:
-        """[P, N, C] → [N, M, C]."""
-        f = self.to_rows @ values.flatten(1)  # [M, N C]
+    def from_grid(self, values: Tensor, to_rows: Tensor) -> Tensor:
+        """values [P, N, C], to_rows [M, P] → [N, M, C]."""
+        f = to_rows @ values.flatten(1)  # [M, N C]
         return f.view(-1, *values.shape[1:]).transpose(0, 1)  # [N, M, C]
 
 
 class ProductGrid(GridLayer):
-    """x + W₃ f with a product of two functions, exactly equivariant on a small grid.
+    """x + f W₃ with a product of two functions: exactly equivariant. [Eq3], [NequIP]
 
-        f[lm] = gate ⊙ Σ_p weight_p Y_lm(Ω_p) u(Ω_p) ⊙ v(Ω_p) / spread_l  +  [l = 0] silu(s)
+        f[lm] = gate ⊙ Σ_p (weight_p Y_lm(Ω_p) / spread_l) u(Ω_p) ⊙ v(Ω_p)  +  [l = 0] silu(s)
         u = x W₁,    v = x W₂,    s = x[00] W_s + b,    gate = σ(s) / √((1 + mean v²)/2)
         spread_l² = Σ_ab ⟨Y_lm Y_a Y_b⟩², the same for every m   (⟨⟩: mean over the sphere)
 
     u ⊙ v projected on degree L is the integral of a polynomial of degree 3L: with a rule of degree
     3L it is exact, and so is equivariance. Divided by its spread it has unit variance again where u
     and v have. The gate comes from scalars and is the same for all points, so it changes nothing.
-    The length of v that divides it makes f grow like x, not like x², and crystals unlike those in
-    the training set do not blow up from layer to layer (energies of unknown compositions: a quarter
-    better).
-    Product of functions on the sphere: EquiformerV3. Gates from the scalars: NequIP.
+    The length of v that divides it makes f grow like x, not like x²: features that are larger than
+    those in training do not grow from layer to layer.
     """
 
     def __init__(self, L: int, config: Config):
@@ -887,14 +873,15 @@ class ProductGrid(GridLayer):
         to_grid = self.to_grid
         triple = torch.einsum("mp,pa,pb->mab", self.to_rows, to_grid, to_grid)  # [M, M, M]
         spread = triple.square().sum((1, 2)).sqrt()  # [M]
-        self.to_rows /= spread[:, None]
+        self.register_buffer("to_unit_rows", self.to_rows / spread[:, None], persistent=False)
         self.register_buffer("scalar", (degree_of_row(L) == 0).double()[:, None], persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, M, C] → [N, M, C]."""
         # The product, point by point
         u, v = self.W12(x).chunk(2, -1)  # 2 × [N, M, C]
-        f = self.from_grid(self.on_grid(u) * self.on_grid(v))  # [N, M, C]
+        values = self.on_grid(u) * self.on_grid(v)  # [P, N, C]
+        f = self.from_grid(values, self.to_unit_rows)  # [N, M, C]
 
         # The length of v and the scalars decide how much of it passes
         mean_square = v.square().mean((1, 2))  # [N]
@@ -907,10 +894,11 @@ class ProductGrid(GridLayer):
 
 
 class SiluGrid(GridLayer):
-    """x + W₃ f with f = silu(x(Ω) W₁ + b), as in the paper.
+    """x + f W₃ with f = silu(x(Ω) W₁ + b), as in the paper. [F §3.3]
 
-    SiLU is not a polynomial: this layer is equivariant only as far as the grid is fine. For L = 2 a
-    rule of degree 15 has 86 points.
+    SiLU is not a polynomial: this layer is equivariant only as far as the grid is fine. Its default
+    degree grows like L, from 15 (86 points) at L = 2; benchmarks/equivariance.py has the error of
+    this grid and of others.
     """
 
     def __init__(self, L: int, config: Config):
@@ -923,7 +911,7 @@ class SiluGrid(GridLayer):
     def forward(self, x: Tensor) -> Tensor:
         """[N, M, C] → [N, M, C]."""
         values = silu(self.on_grid(self.W1(x)) + self.b)  # [P, N, C]
-        return x + self.W3(self.from_grid(values))  # [N, M, C]
+        return x + self.W3(self.from_grid(values, self.to_rows))  # [N, M, C]
 
 
 # ─── §8 The network ───
@@ -955,7 +943,7 @@ class Layer(nn.Module):
 class Facet(nn.Module):
     """The interatomic potential. Build with `Facet(config)`, call with a Batch.
 
-        E = Σ_i E0[z_i] + energy_scale · (h_i − h_alone[z_i]) · readout + repulsion_i
+        energy = Σ_i E0[z_i] + energy_scale · (h_i − h_alone[z_i]) · readout + repulsion_i
 
     The first layer takes scalars (the embedded species), the last gives scalars (the energy), those
     between carry degrees 0 … L. Each layer sees one cutoff further. What the network makes of an
@@ -966,6 +954,7 @@ class Facet(nn.Module):
     def __init__(self, config: Config, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.config = config
+        self.origin = {}  # how it was trained, in plain Python: filled by the trainer
         Z, C, T, L = len(config.species), config.channels, config.layers, config.degree
 
         self.splines = RadialSplines(T * config.groups * (L + 1), config)
@@ -993,7 +982,7 @@ class Facet(nn.Module):
 
         # How far the neighbours are, and in what direction
         r = batch.vectors.norm(dim=-1)  # [N, K]
-        phi = self.splines.by_layer(r, self.config.layers)  # T × [N, B (L+1), K]
+        phi = self.splines.by_layer(r, len(self.layers))  # T × [N, B (L+1), K]
         Y = harmonics(batch.vectors / r[..., None], L)  # [N, K, M]
         Y = Y.mT.contiguous()  # [N, M, K]
 
@@ -1024,19 +1013,20 @@ class Facet(nn.Module):
         quotient by the volume (nan where there is none). One gradient, that for the r_ij, makes
         them all. (An energy that is not made from r_ij, such as p·V, needs a virial of its own.)
 
-            F_i = Σ_j ∂E/∂r_ij − Σ_k ∂E/∂r_ki,    because r_ij = x_j − x_i
-            virial = Σ_ij r_ij ⊗ ∂E/∂r_ij,         because a strain ε moves r_ij by ε r_ij
+            force_i = Σ_j ∂energy/∂r_ij − Σ_k ∂energy/∂r_ki,   because r_ij = x_j − x_i
+            virial = Σ_ij r_ij ⊗ ∂energy/∂r_ij,   because a strain ε moves r_ij by ε r_ij
 
         The symmetric part of the virial is taken. The other part is the torque on the crystal: for
-        the product grid only rounding, for SiLU an error of the grid (0.8 % on 26 points).
+        the product grid only rounding, for SiLU an error of the grid.
         differentiable=True keeps the graph, so that a loss on forces and stress can be trained.
         """
         S = len(batch.volume)
         vectors = batch.vectors.detach().requires_grad_()  # [N, K, 3]
         with torch.enable_grad():
             out = self.atomic_outputs(batch._replace(vectors=vectors))
-            E = out["energies"].sum()
-            gradient, = torch.autograd.grad(E, vectors, create_graph=differentiable)  # [N, K, 3]
+            total = out["energies"].sum()
+            gradient, = torch.autograd.grad(
+                total, vectors, create_graph=differentiable)  # [N, K, 3]
 
         # Forces: what the edges pull at the atoms that receive, and at those that are seen
         seen = batch.src.flatten()  # [N K]
@@ -1060,16 +1050,19 @@ class Facet(nn.Module):
 
 
 PER_CRYSTAL = ("energy", "virial", "stress")  # outputs with a row per crystal; others: per atom
+FORMAT = 2  # of the checkpoints that `save` writes
+BUILDING = threading.RLock()
 
 
 def save(model: Facet, path: str | Path, **more) -> None:
-    """Write tensors, the plain config and `more` to path.
+    """Write tensors, the plain config, the model's origin and `more` to path.
 
     A temporary file, safe on the disk, is renamed into place: path always holds the old checkpoint
     or the new one. Raises OSError when the disk is full or path cannot be written.
     """
-    content = {"facet": 1, "config": asdict(model.config), "state": model.state_dict(), **more}
-    memory = io.BytesIO()  # torch.save itself would hide what is wrong with a disk
+    content = {"facet": FORMAT, "config": asdict(model.config), "state": model.state_dict(),
+               "origin": model.origin, **more}
+    memory = io.BytesIO()  # errors of the disk should come from the disk, not from torch.save
     torch.save(content, memory)
 
     temporary = Path(f"{path}.part")
@@ -1083,47 +1076,56 @@ def save(model: Facet, path: str | Path, **more) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def check_names(path: str | Path, kind: str, found, wanted) -> None:
-    """Raise ValueError for the first name that a checkpoint lacks, or has too many."""
-    for name in [*wanted, *found]:
-        if name not in found:
-            raise ValueError(f"{path}: has no {kind} {name}")
-        if name not in wanted:
-            raise ValueError(f"{path}: has a {kind} {name} that this version does not know")
+def upgrade(content: dict) -> dict:
+    """A checkpoint of an older format in the present one: the one place that knows how they differ.
+
+    Format 1 did not say where a model comes from.
+    """
+    return {"origin": {}, **content}
+
+
+def build(kind: type, config: Config, dtype: torch.dtype) -> Facet:
+    """A model whose weights will be replaced: the global random numbers stay as they are.
+
+    They are saved and restored, which two threads must not do at the same time.
+    """
+    with BUILDING, torch.random.fork_rng(devices=[]):
+        return kind(config, dtype)
 
 
 @torch.inference_mode(False)  # weights made in that mode could never be differentiated
 def load(path: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> Facet:
-    """The model that `save` wrote, ready for use (`.eval()`).
+    """The model that `save` wrote, ready for use (`.eval()`); its `origin` says how it was made.
 
-    Raises FileNotFoundError, and ValueError for a file that is no Facet checkpoint, or whose fields
-    or tensors do not fit this version: it says which.
+    Raises FileNotFoundError, and ValueError for a file that is no Facet checkpoint, is of a newer
+    format, or has other fields or tensors than this version: it says which.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; train_small.py writes "
                                 "runs/<name>/model.pt")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+        newer = content["facet"] > FORMAT
+        content = upgrade(content)
         config = dict(content["config"])
         state = dict(content["state"])
     except Exception as error:
         raise ValueError(f"{path} is not a Facet checkpoint, or it is damaged "
                          f"({type(error).__name__})") from error
+    if newer:
+        raise ValueError(f"{path}: is of format {content['facet']}, and this version of facet.py "
+                         f"knows those up to {FORMAT}; use a newer facet.py")
 
-    check_names(path, "field", config, [field.name for field in fields(Config)])
+    known = {field.name for field in fields(Config)}
+    for name in sorted(known ^ config.keys()):
+        lacks = "has no field" if name in known else "has an unknown field"
+        raise ValueError(f"{path}: {lacks} {name}")
     try:
-        with torch.random.fork_rng(devices=[]):  # initial weights, drawn in vain, disturb nobody
-            model = Facet(Config(**config), dtype)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-    own = model.state_dict()
-    check_names(path, "tensor", state, own)
-    for name, tensor in own.items():
-        shape = [*np.shape(state[name])]
-        if shape != [*tensor.shape]:
-            raise ValueError(f"{path}: tensor {name} has shape {shape}, not {[*tensor.shape]}")
-    model.load_state_dict(state)
+        model = build(Facet, Config(**config), dtype)
+        model.load_state_dict(state)
+    except (ValueError, RuntimeError) as error:  # torch names every tensor that does not fit
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+    model.origin = content["origin"]
     return model.to(device).eval()
 
 
@@ -1137,13 +1139,13 @@ def evaluate(model: Facet, crystals: list[Neighbours], batch_atoms: int = 256) -
     results = [{} for _ in crystals]
     sizes = np.array([len(crystal.species) for crystal in crystals], int)  # [S]
 
-    # Crystals of similar K go together: little padding
-    crowd = [len(crystal.dst) / len(crystal.species) for crystal in crystals]
-    alike = np.argsort(crowd)  # [S]
-    portion = np.cumsum(sizes[alike]) // batch_atoms  # [S]
+    # Crystals with about as many neighbours go into one batch: little padding
+    mean_neighbours = [len(crystal.dst) / len(crystal.species) for crystal in crystals]
+    order = np.argsort(mean_neighbours)  # [S]
+    number = np.cumsum(sizes[order]) // batch_atoms  # [S] of the batch
 
-    for p in np.unique(portion):
-        group = alike[portion == p]
+    for n in np.unique(number):
+        group = order[number == n]
         weights = next(model.parameters())
         several = [crystals[s] for s in group]
         batch = make_batch(several, model.config.cutoff, weights.dtype).to(weights.device)
@@ -1182,13 +1184,39 @@ class FacetCalculator(Calculator):
         super().__init__()
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if isinstance(model, Facet):
-            with torch.random.fork_rng(devices=[]):
-                self.model = type(model)(model.config, dtype).to(device).eval()
+            self.model = build(type(model), model.config, dtype).to(device).eval()
             self.model.load_state_dict(model.state_dict())
+            self.model.origin = model.origin
         else:
             self.model = load(model, device, dtype)
         self.model.requires_grad_(False)
 
+        # Å, the shortest distance of each pair of species in the training data, 0 if unknown
+        species = self.model.config.species
+        self.shortest = np.zeros((len(species), len(species)))  # [Z, Z]
+        for pair, distance in self.model.origin.get("shortest", {}).items():
+            i, j = (species.index(symbol) for symbol in pair.split("-"))
+            self.shortest[i, j] = self.shortest[j, i] = distance
+
     def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes):
         super().calculate(atoms, properties, system_changes)
-        self.results, = evaluate(self.model, [find_neighbours(self.atoms, self.model.config)])
+        crystal = find_neighbours(self.atoms, self.model.config)
+        self.warn_of_close_atoms(crystal)
+        self.results, = evaluate(self.model, [crystal])
+
+    def warn_of_close_atoms(self, crystal: Neighbours) -> None:
+        """Warn, once, of two atoms that are closer than any of their species in the training."""
+        i = crystal.species[crystal.dst]  # [E]
+        j = crystal.species[crystal.src]  # [E]
+        r = np.linalg.norm(crystal.vectors, axis=1)  # [E]
+        close = np.flatnonzero(r < self.shortest[i, j] - 1e-3)
+        if len(close) == 0:
+            return
+
+        e = close[0]
+        i, j = i[e], j[e]
+        one, other = self.model.config.species[i], self.model.config.species[j]
+        warnings.warn(f"{one} and {other} are {r[e]:.2f} Å apart, closer than ever in the training "
+                      f"data ({self.shortest[i, j]:.2f} Å): do not trust what Facet says of such "
+                      "structures", stacklevel=2)
+        self.shortest[:] = 0

@@ -98,7 +98,7 @@ def neighbours(positions, cell, pbc, cutoff):
 
 
 def radial_splines(r, coefficients, first_knot, cutoff):
-    """φ_b(r) = Σ_k coefficients[k, b] · bump(t − k),  t = (r − first_knot)/spacing. [F §3.1], [D]
+    """φ_b(r) = Σ_k coefficients[k, b] · bump(t − k),  t = (r − first_knot)/spacing. [F §3.1], [deBoor]
 
     r [E] Å, coefficients [R, count], first_knot Å, cutoff Å → [E, count].
 
@@ -119,7 +119,7 @@ def radial_splines(r, coefficients, first_knot, cutoff):
 
 
 def repulsion(r, charge_i, charge_j, end):
-    """Half of the repulsion of two nuclei at distance r, screened by their electrons, eV. [Z]
+    """Half of the repulsion of two nuclei at distance r, screened by their electrons, eV. [ZBL]
 
         V(r) = k q_i q_j / r · ξ(r/a) · (1 − (r/ρ)⁶)³    for r < ρ, else 0
 
@@ -203,7 +203,7 @@ def gauss_grid(exact_degree, L):
 
 @lru_cache(maxsize=None)
 def lebedev_grid(exact_degree, L):
-    """The same with the smallest Lebedev rule of at least exact_degree. [L]
+    """The same with the smallest Lebedev rule of at least exact_degree. [Lebedev]
 
     Raises ValueError beyond degree 131, the largest rule there is.
     """
@@ -523,7 +523,7 @@ def features(config, state, species, dst, src, phi, Y):
 def evaluate(config, state, symbols, positions, cell, pbc):
     """Energy of a crystal and everything on the way to it, by the names that facet.py uses.
 
-        E = Σ_i E0[z_i] + energy_scale · (h_i − h_alone[z_i]) · readout + repulsion_i
+        energy = Σ_i E0[z_i] + energy_scale · (h_i − h_alone[z_i]) · readout + repulsion_i
 
     symbols: N chemical symbols, positions [N, 3] Å, cell [3, 3] Å (rows), pbc: three booleans.
     """
@@ -591,7 +591,7 @@ def slope(f, step=2e-5):
 
 
 def forces(config, state, symbols, positions, cell, pbc):
-    """F[i, axis] = −∂E/∂x[i, axis], [N, 3] eV/Å: one atom at a time is pushed along one axis.
+    """F[i, axis] = −∂energy/∂x[i, axis], [N, 3] eV/Å: one atom at a time is pushed along one axis.
 
     The arguments are those of `evaluate`.
     """
@@ -611,7 +611,7 @@ def forces(config, state, symbols, positions, cell, pbc):
 
 
 def stress(config, state, symbols, positions, cell, pbc):
-    """σ[axis, other] = (1/volume) ∂E/∂strain[axis, other], [3, 3] eV/Å³.
+    """σ[axis, other] = (1/volume) ∂energy/∂strain[axis, other], [3, 3] eV/Å³.
 
     Cell and atoms are strained alike, x → x (1 + strain); nan where the cell has no volume. The
     arguments are those of `evaluate`.
