@@ -842,16 +842,16 @@ class GridLayer(nn.Module):
         values = self.to_grid @ x.transpose(0, 1).flatten(1)  # [P, N C]
         return values.view(-1, len(x), x.shape[2])  # [P, N, C]
 
-    def from_grid(self, values: Tensor, to_rows: Tensor) -> Tensor:
-        """values [P, N, C], to_rows [M, P] → [N, M, C]."""
-        f = to_rows @ values.flatten(1)  # [M, N C]
+    def from_grid(self, values: Tensor) -> Tensor:
+        """[P, N, C] → [N, M, C]."""
+        f = self.to_rows @ values.flatten(1)  # [M, N C]
         return f.view(-1, *values.shape[1:]).transpose(0, 1)  # [N, M, C]
 
 
 class ProductGrid(GridLayer):
     """x + f W₃ with a product of two functions: exactly equivariant. [Eq3], [NequIP]
 
-        f[lm] = gate ⊙ Σ_p (weight_p Y_lm(Ω_p) / spread_l) u(Ω_p) ⊙ v(Ω_p)  +  [l = 0] silu(s)
+        f[lm] = gate ⊙ Σ_p weight_p Y_lm(Ω_p) u(Ω_p) ⊙ v(Ω_p) / spread_l  +  [l = 0] silu(s)
         u = x W₁,    v = x W₂,    s = x[00] W_s + b,    gate = σ(s) / √((1 + mean v²)/2)
         spread_l² = Σ_ab ⟨Y_lm Y_a Y_b⟩², the same for every m   (⟨⟩: mean over the sphere)
 
@@ -872,16 +872,15 @@ class ProductGrid(GridLayer):
 
         to_grid = self.to_grid
         triple = torch.einsum("mp,pa,pb->mab", self.to_rows, to_grid, to_grid)  # [M, M, M]
-        spread = triple.square().sum((1, 2)).sqrt()  # [M]
-        self.register_buffer("to_unit_rows", self.to_rows / spread[:, None], persistent=False)
+        spread = triple.square().sum((1, 2)).sqrt()[:, None]  # [M, 1]
+        self.register_buffer("spread", spread, persistent=False)
         self.register_buffer("scalar", (degree_of_row(L) == 0).double()[:, None], persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, M, C] → [N, M, C]."""
         # The product, point by point
         u, v = self.W12(x).chunk(2, -1)  # 2 × [N, M, C]
-        values = self.on_grid(u) * self.on_grid(v)  # [P, N, C]
-        f = self.from_grid(values, self.to_unit_rows)  # [N, M, C]
+        f = self.from_grid(self.on_grid(u) * self.on_grid(v)) / self.spread  # [N, M, C]
 
         # The length of v and the scalars decide how much of it passes
         mean_square = v.square().mean((1, 2))  # [N]
@@ -911,7 +910,7 @@ class SiluGrid(GridLayer):
     def forward(self, x: Tensor) -> Tensor:
         """[N, M, C] → [N, M, C]."""
         values = silu(self.on_grid(self.W1(x)) + self.b)  # [P, N, C]
-        return x + self.W3(self.from_grid(values, self.to_rows))  # [N, M, C]
+        return x + self.W3(self.from_grid(values))  # [N, M, C]
 
 
 # ─── §8 The network ───
@@ -1118,8 +1117,8 @@ def load(path: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> 
 
     known = {field.name for field in fields(Config)}
     for name in sorted(known ^ config.keys()):
-        lacks = "has no field" if name in known else "has an unknown field"
-        raise ValueError(f"{path}: {lacks} {name}")
+        what = "no field {}" if name in known else "a field {} that this version does not know"
+        raise ValueError(f"{path}: has {what.format(name)}")
     try:
         model = build(Facet, Config(**config), dtype)
         model.load_state_dict(state)
