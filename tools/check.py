@@ -304,19 +304,19 @@ class Row(NamedTuple):
         return self.limit < 0  # an exception where none belongs
 
 
-def slope(calculator, atoms: Atoms, of: str, step: float = 2e-5) -> float:
-    """force_slope or stress_slope, as `of` says."""
-    function = force_slope if of == "forces" else stress_slope
-    return function(calculator, atoms, step=step)
+def slope(calculator, atoms: Atoms, of, step: float = 2e-5) -> list[float]:
+    """force_slope and stress_slope, as `of` says."""
+    functions = {"forces": force_slope, "stress": stress_slope}
+    return [functions[name](calculator, atoms, step=step) for name in of]
 
 
-def short_dynamics(calculator, atoms: Atoms, of: str) -> float:
+def short_dynamics(calculator, atoms: Atoms, of) -> list[float]:
     """25 fs, in shorter steps if the atoms are too fast: forces that are no slopes do not mind."""
     for steps in (50, 100, 200):
         error = conservation_error(calculator, atoms, steps=steps, femtoseconds=25 / steps)
         if error < TOL["drift"]:
             break
-    return error
+    return [error]
 
 
 PROPERTIES = {  # name: (function, what it is measured in, tolerance)
@@ -353,21 +353,24 @@ def property_row(name: str, calculator, atoms: Atoms, precision: str = "float64"
     if ours and calculator.model.config.activation == "silu" and name in ("rotation", "reflection"):
         tolerance = "silu"
 
-    # What is found, for each of energy, forces and stress
-    errors = []
     try:
-        size = 1.0
-        if tolerance != "drift":
-            size = max(1.0, float(np.abs(value(calculator, atoms, "forces")).max()))
-        for of in ALL:
+        # What the calculator gives of what the property is about
+        measured = []
+        for of in parts:
             try:
-                measured = of in parts and not (of == "stress" and atoms.cell.rank < 3)
-                errors.append(function(calculator, atoms, of=of, **more) if measured else None)
+                if of != "stress" or atoms.cell.rank == 3:
+                    value(calculator, atoms, of)
+                    measured.append(of)
             except (PropertyNotImplementedError, NotImplementedError):
                 if ours:
                     raise
-                errors.append(None)
-        return Row(name, tuple(errors), TOL[tolerance] * size)
+
+        size = 1.0
+        if tolerance != "drift":
+            size = max(1.0, float(np.abs(value(calculator, atoms, "forces")).max()))
+        found = function(calculator, atoms, of=measured, **more) if measured else []
+        errors = dict(zip(measured, map(float, found), strict=True))
+        return Row(name, tuple(errors.get(of) for of in ALL), TOL[tolerance] * size)
     except NotApplicable as reason:
         return Row(name, NOTHING, 0.0, f"not applicable: {reason}")
     except Exception as error:

@@ -4,10 +4,10 @@
     rotation(calculator, atoms)             eV/Å by which the forces fail to turn along
 
 A property takes an ASE calculator and a crystal, which it copies, and returns an error: how far the
-calculator is from having the property. `of` says in what: "energy" (eV per atom), "forces" (eV/Å),
-"stress" (eV/Å³), or several of them: then the largest error. Whether an error is small enough is
-for tools/check.py to say, which prints all of them as a table, and for test_facet.py, which tests
-them on random crystals. No rotation here is a multiple of 90° about anything.
+calculator is from having the property. `of` says in what: "energy" (eV per atom), "forces" (eV/Å)
+or "stress" (eV/Å³); for several of them an array of errors comes back. Whether an error is small
+enough is for tools/check.py to say, which prints all of them as a table, and for test_facet.py,
+which tests them on random crystals. No rotation here is a multiple of 90° about anything.
 """
 from __future__ import annotations
 
@@ -42,11 +42,24 @@ def value(calculator, atoms: Atoms, of: str) -> np.ndarray:
     return np.array(atoms.get_stress(voigt=False), float)
 
 
-def difference(calculator, before: Atoms, after: Atoms, of, R=None, order=slice(None)) -> float:
-    """Largest error of what `after` should have, the crystal `before` after the rotation R; `order`
-    says which atom of `before` each atom of `after` is."""
+def parts_of(of) -> tuple[str, ...]:
+    """The names in `of`, which is one of them or several."""
+    return (of,) if isinstance(of, str) else tuple(of)
+
+
+def as_asked(errors: dict, of):
+    """The error of a name, or an array of errors for several names."""
+    return float(errors[of]) if isinstance(of, str) else np.array([errors[name] for name in of])
+
+
+def difference(calculator, before: Atoms, after: Atoms, of, R=None, order=slice(None)):
+    """Largest error of what `after` should have, the crystal `before` after the rotation R.
+
+    order says which atom of `before` each atom of `after` is. Units as `of`: a number for a name,
+    an array for several.
+    """
     R = np.eye(3) if R is None else R
-    parts = (of,) if isinstance(of, str) else of
+    parts = parts_of(of)
 
     # What the first crystal has, turned and reordered
     wanted = {name: value(calculator, before, name) for name in parts}
@@ -55,8 +68,10 @@ def difference(calculator, before: Atoms, after: Atoms, of, R=None, order=slice(
     if "stress" in wanted:
         wanted["stress"] = R @ wanted["stress"] @ R.T
 
-    errors = [np.abs(value(calculator, after, name) - wanted[name]).max() for name in parts]
-    return float(np.max(errors))  # nan stays nan
+    errors = {}
+    for name in parts:
+        errors[name] = np.abs(value(calculator, after, name) - wanted[name]).max()
+    return as_asked(errors, of)
 
 
 def rotated(atoms: Atoms, R: np.ndarray) -> Atoms:
@@ -70,30 +85,30 @@ def rotated(atoms: Atoms, R: np.ndarray) -> Atoms:
 # ─── Symmetries ──────────────────────────────────────────────────────────────────────────────────
 
 
-def rotation(calculator, atoms: Atoms, R: np.ndarray = GENERIC, of="forces") -> float:
+def rotation(calculator, atoms: Atoms, R: np.ndarray = GENERIC, of="forces"):
     """A rotated crystal has the same energy, rotated forces, rotated stress. Units as `of`."""
     return difference(calculator, atoms, rotated(atoms, np.asarray(R)), of, np.asarray(R))
 
 
-def reflection(calculator, atoms: Atoms, R: np.ndarray = IMPROPER, of="forces") -> float:
+def reflection(calculator, atoms: Atoms, R: np.ndarray = IMPROPER, of="forces"):
     """A mirror image has the same energy, mirrored forces and stress. Units as `of`."""
     return rotation(calculator, atoms, R, of)
 
 
-def translation(calculator, atoms: Atoms, shift=(1.3, -17.1, 5.9), of="forces") -> float:
+def translation(calculator, atoms: Atoms, shift=(1.3, -17.1, 5.9), of="forces"):
     """Nothing depends on where the crystal is; shift in Å. Units as `of`."""
     other = atoms.copy()
     other.translate(shift)
     return difference(calculator, atoms, other, of)
 
 
-def permutation(calculator, atoms: Atoms, seed: int = 0, of="forces") -> float:
+def permutation(calculator, atoms: Atoms, seed: int = 0, of="forces"):
     """Nothing depends on the order of the atoms. Units as `of`."""
     order = np.random.default_rng(seed).permutation(len(atoms))
     return difference(calculator, atoms, atoms[order], of, order=order)
 
 
-def other_cell(calculator, atoms: Atoms, seed: int = 0, of="forces") -> float:
+def other_cell(calculator, atoms: Atoms, seed: int = 0, of="forces"):
     """Nothing depends on which vectors describe a lattice: rows of the cell are added to each other
     and turned round, and the cell becomes left-handed if it was not. Units as `of`."""
     periodic = np.flatnonzero(atoms.pbc)
@@ -114,7 +129,7 @@ def other_cell(calculator, atoms: Atoms, seed: int = 0, of="forces") -> float:
     return difference(calculator, atoms, other, of)
 
 
-def supercell(calculator, atoms: Atoms, times=(1, 2, 2), of="forces") -> float:
+def supercell(calculator, atoms: Atoms, times=(1, 2, 2), of="forces"):
     """A supercell has the energy of its copies, their forces, the same stress. Units as `of`."""
     times = np.where(atoms.pbc, times, 1)
     if times.prod() == 1:
@@ -123,7 +138,7 @@ def supercell(calculator, atoms: Atoms, times=(1, 2, 2), of="forces") -> float:
     return difference(calculator, atoms, atoms.repeat(times), of, order=order)
 
 
-def folding(calculator, atoms: Atoms, seed: int = 0, of="forces") -> float:
+def folding(calculator, atoms: Atoms, seed: int = 0, of="forces"):
     """Nothing depends on whether atoms lie inside the cell or lattice vectors away. As `of`."""
     if not atoms.pbc.any():
         raise NotApplicable("the crystal repeats nowhere")
@@ -133,7 +148,7 @@ def folding(calculator, atoms: Atoms, seed: int = 0, of="forces") -> float:
     return difference(calculator, atoms, other, of)
 
 
-def alone_or_in_a_batch(calculator, atoms: Atoms, of="forces") -> float:
+def alone_or_in_a_batch(calculator, atoms: Atoms, of="forces"):
     """For a FacetCalculator: a crystal has the same results alone and between others. As `of`."""
     if not isinstance(calculator, facet.FacetCalculator):
         raise NotApplicable("this calculator takes one crystal at a time")
@@ -145,12 +160,14 @@ def alone_or_in_a_batch(calculator, atoms: Atoms, of="forces") -> float:
     crystals = [facet.find_neighbours(a, model.config) for a in (dense, atoms, single, atoms)]
     together = facet.evaluate(model, crystals, batch_atoms=10 ** 6)
 
-    worst = 0.0
+    worst = dict.fromkeys(parts_of(of), 0.0)
     for crystal, result in zip(crystals, together, strict=True):
         alone, = facet.evaluate(model, [crystal])
-        error = np.abs(np.asarray(result[of]) - alone[of]).max()
-        worst = max(worst, float(error) / (len(crystal.species) if of == "energy" else 1))
-    return worst
+        for name in worst:
+            error = np.abs(np.asarray(result[name]) - alone[name]).max()
+            size = len(crystal.species) if name == "energy" else 1
+            worst[name] = np.maximum(worst[name], error / size)  # nan stays nan
+    return as_asked(worst, of)
 
 
 # ─── Slopes and smoothness ───────────────────────────────────────────────────────────────────────
@@ -206,7 +223,7 @@ def leaving(atoms: Atoms):
     return cluster
 
 
-def cutoff_continuity(calculator, atoms: Atoms, of="energy", noise: float = 1e-9) -> float:
+def cutoff_continuity(calculator, atoms: Atoms, of="energy", noise: float = 1e-9):
     """Energy (eV) and forces (eV/Å) do not jump where a leaving atom is lost from sight.
 
     That place is searched by halving: beyond it the energy is what it is 30 Å away, to `noise` eV
@@ -234,7 +251,7 @@ def cutoff_continuity(calculator, atoms: Atoms, of="energy", noise: float = 1e-9
     return difference(calculator, cluster(inside), cluster(30.0), of)
 
 
-def isolated_atom(calculator, atoms: Atoms, expected: dict | None = None, of="energy") -> float:
+def isolated_atom(calculator, atoms: Atoms, expected: dict | None = None, of="energy"):
     """An atom of each element, alone in a large cell, has the energy `expected` ({symbol: eV}; of
     a Facet: E0; else the same in two cells), no forces, no stress. Units as `of`."""
     # What a Facet should say is known
@@ -243,16 +260,17 @@ def isolated_atom(calculator, atoms: Atoms, expected: dict | None = None, of="en
         E0 = config.reference_energies or [0.0] * len(config.species)
         expected = dict(zip(config.species, E0, strict=True))
 
-    worst = 0.0
+    worst = dict.fromkeys(parts_of(of), 0.0)
     for symbol in sorted(set(atoms.symbols)):
         alone = Atoms(symbol, [[1, 2, 3]], cell=[21, 22, 23], pbc=True)
-        got = value(calculator, alone, of)
-        wanted = 0.0
-        if of == "energy":
-            larger = Atoms(symbol, [[1, 2, 3]], cell=[31, 27, 29], pbc=True)
-            wanted = expected[symbol] if expected else value(calculator, larger, "energy")
-        worst = max(worst, float(np.abs(got - wanted).max()))
-    return worst
+        for name in worst:
+            wanted = 0.0
+            if name == "energy":
+                larger = Atoms(symbol, [[1, 2, 3]], cell=[31, 27, 29], pbc=True)
+                wanted = expected[symbol] if expected else value(calculator, larger, "energy")
+            error = np.abs(value(calculator, alone, name) - wanted).max()
+            worst[name] = np.maximum(worst[name], error)  # nan stays nan
+    return as_asked(worst, of)
 
 
 # ─── Dynamics ────────────────────────────────────────────────────────────────────────────────────
