@@ -476,7 +476,7 @@ def test_energy_is_conserved_in_molecular_dynamics():
             super().calculate(*arguments, **keywords)
             self.results["forces"] = 1.1 * self.results["forces"]
     model = build(energy_scale=0.2)
-    error = partial(conservation_error, atoms=TRICLINIC, kelvin=600, steps=100)
+    error = partial(conservation_error, atoms=TRICLINIC, kelvin=600, steps=50)
     right = facet.FacetCalculator(model, "cpu", torch.float64)
     same("spread of the energy", error(right, femtoseconds=0.5), 0, "drift")
     wrong = Wrong(model, "cpu", torch.float64)
