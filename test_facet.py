@@ -8,12 +8,12 @@
     python test_facet.py            the same properties of one crystal as a table; with --calculator
                                     of any ASE calculator (it calls tools/check.py)
 
-A test draws crystals and checks a property, a function of tools/properties.py that takes any
-calculator. Each is named after what is true. Each has a control: something that the check must
-notice, or else it proves nothing. Every tolerance stands in TOL of tools/check.py with its reason.
+A test draws crystals with hypothesis and checks a property, a function of tools/properties.py that
+takes any calculator. A test is named after what is true. It has a control, in it or below it:
+something that the check must notice, or else it proves nothing. Every tolerance stands in TOL of
+tools/check.py with its reason. Models are in float64, every weight is random and none is zero.
 
-Models are in float64, every weight is random and none is zero, and no rotation is a multiple of 90°
-about anything. Tests of single functions, of files and calculators, and planted bugs are in tests/.
+Tests of single functions, of files and the calculator, and planted bugs are in tests/.
 """
 import copy
 import os
@@ -77,7 +77,10 @@ settings.register_profile("deep", max_examples=300, **common)
 settings.load_profile(os.environ.get("FACET_PROFILE", "ci"))
 
 
-# ─── Random crystals ────────────────────────────────────────────────────────────────────────────
+# ─── Random crystals and rotations ──────────────────────────────────────────────────────────────
+#
+# What hypothesis draws, and the crystals that every test sees as well, because one of their kind
+# was or could be a special case: flat, skewed, left-handed, chiral, without a cell.
 
 def with_cell(atoms: Atoms, cell, pbc=True) -> Atoms:
     return Atoms(atoms.symbols, atoms.positions, cell=cell, pbc=pbc)
@@ -120,10 +123,13 @@ def crystals(draw) -> Atoms:
     Atoms lie near points of a mesh whose planes are at least 1.7 Å apart, so that they and their
     images keep 1.1 Å by construction.
     """
+    # What shrinks when hypothesis simplifies a crystal; all else comes from one seed
     rng = np.random.default_rng(draw(st.integers(0, 2 ** 32 - 1)))
     N = draw(st.integers(1, 12))
     pbc = np.array(draw(st.tuples(*[st.booleans()] * 3)))
     no_vector = np.array(draw(st.tuples(*[st.booleans()] * 3)))
+
+    # A cell, turned and perhaps left-handed, large enough for the atoms
     cell = np.eye(3) + np.tril(rng.uniform(-0.5, 0.5, (3, 3)), -1)
     cell = rng.uniform(2.3, 4.5, (3, 1)) * cell @ Rotation.random(rng=rng).as_matrix()
     cell = cell[draw(st.permutations(range(3)))]  # odd permutations are left-handed
@@ -132,6 +138,8 @@ def crystals(draw) -> Atoms:
         cell *= 1.05
         planes = 1 / np.linalg.norm(np.linalg.inv(cell), axis=0)  # Å between lattice planes
         mesh = np.maximum(1, np.floor(planes / 1.7)).astype(int)
+
+    # Atoms near points of the mesh, some of them cells away
     sites = rng.permutation([*np.ndindex(*mesh)])[:N]  # [N, 3]
     outside = rng.integers(-1, 2, sites.shape) * (pbc | draw(st.booleans()))
     positions = (sites / mesh + outside) @ cell + rng.uniform(-0.15, 0.15, sites.shape)
@@ -140,7 +148,7 @@ def crystals(draw) -> Atoms:
 
 
 def rotations() -> st.SearchStrategy:
-    """Rotations [3, 3] about any axis by any angle."""
+    """Rotations [3, 3] about any axis by any angle, from quaternions."""
     quaternions = st.tuples(*[st.floats(-1, 1)] * 4).filter(lambda q: np.linalg.norm(q) > 0.1)
     return quaternions.map(lambda q: Rotation.from_quat(q).as_matrix())
 
@@ -160,6 +168,7 @@ def pinned(**arguments):
         for atoms in PINNED.values():
             test = example(atoms=atoms, **arguments)(test)
         return test
+
     return add
 
 
@@ -185,6 +194,9 @@ def holds(function, atoms: Atoms, tol: str = "rounding", calculator=None, **more
 
 
 # ─── Rotation, reflection, translation, permutation ─────────────────────────────────────────────
+#
+# Energy does not change, forces and stress turn along. GENERIC and IMPROPER are rotations by no
+# multiple of 90°: those would prove nothing for a grid, which has the symmetry of a cube.
 
 @given(atoms=crystals(), R=rotations())
 @pinned(R=GENERIC)
@@ -214,6 +226,8 @@ def test_what_is_not_turned_along_is_noticed():
     """Control of the four: what they compare is neither zero nor the same for every crystal."""
     calculator = tiny_calculator()
     turned = rotated(TRICLINIC, GENERIC)
+
+    # Rotations and permutations
     for of in ("forces", "stress"):
         differ(f"{of} of a rotated crystal", value(calculator, turned, of),
                value(calculator, TRICLINIC, of))
@@ -222,18 +236,21 @@ def test_what_is_not_turned_along_is_noticed():
     order = np.random.default_rng(4).permutation(2)
     assert order.tolist() == [1, 0], "the pinned pairs of atoms should change places"
 
-    # Maps that are not rotations, and one atom that moves alone
+    # One atom that moves alone is no translation; maps that stretch are no rotations
     energy = value(calculator, TRICLINIC, "energy")
     moved = TRICLINIC.copy()
     moved.positions[0] += 0.1
-    for other in (rotated(TRICLINIC, 1.05 * np.eye(3)), moved,
-                  rotated(TRICLINIC, GENERIC + np.diag([0, 0, 0.05]))):
+    wider = rotated(TRICLINIC, 1.05 * np.eye(3))
+    stretched = rotated(TRICLINIC, GENERIC + np.diag([0, 0, 0.05]))
+    for other in (moved, wider, stretched):
         differ("energy of another crystal", value(calculator, other, "energy"), energy)
 
 
-def handedness(atoms) -> float:
-    """A number that does not depend on orientation but changes sign in a mirror: triple products
-    of sums over neighbours with three different weights."""
+def handedness(atoms: Atoms) -> float:
+    """A number that does not depend on orientation but changes sign in a mirror.
+
+    Triple products of sums over neighbours with three different weights.
+    """
     cell = atoms.cell.array
     dst, _, _, r = facet.neighbour_list(atoms.positions, cell, atoms.pbc, CUTOFF)
     weight = CUTOFF - np.linalg.norm(r, axis=1, keepdims=True)
@@ -273,6 +290,7 @@ def test_every_feature_of_every_layer_turns_under(name, R):
     model = build(**MODELS[name])
     tol = "silu grid" if "silu" in name else "rounding"
     check_features(model, TRICLINIC, R, wigner(R, model.config.degree), tol)
+
     before = outputs(model, TRICLINIC)
     after = outputs(model, rotated(TRICLINIC, R))
     same("energies", after["energies"], before["energies"], tol)
@@ -289,6 +307,7 @@ def test_features_turned_the_wrong_way_are_noticed():
             rows = facet.rows_of(l)
             differ(f"features of layer {t} {part}, degree {l}",
                    after[t, part][:, rows], before[t, part][:, rows])
+
     with pytest.raises(AssertionError, match="features of layer"):
         check_features(build(), TRICLINIC, GENERIC, wigner(GENERIC.T, 2))
 
@@ -301,7 +320,7 @@ def test_silu_grid_is_equivariant_up_to_the_error_of_its_grid(L):
     for R in (GENERIC, IMPROPER):
         errors = rotation(calculator, TRICLINIC, R, of=ALL) / size
         same("rotation", errors, np.zeros(3), "silu")
-        assert errors[1] > TOL["rounding"], "a finer grid than it should be"
+        assert errors[1] > TOL["rounding"], "this grid should be too coarse for SiLU"
 
 
 # ─── Other descriptions of the same crystal ─────────────────────────────────────────────────────
@@ -334,27 +353,34 @@ def test_folding_atoms_into_the_cell_changes_nothing(atoms, seed):
 
 
 def test_another_lattice_or_place_is_noticed():
-    """Control of the three: half a lattice vector is no lattice vector."""
+    """Control of the four: half a lattice vector is no lattice vector."""
     calculator = tiny_calculator()
     energy = value(calculator, TRICLINIC, "energy")
+
     halfway = TRICLINIC.copy()
     halfway.positions[0] += TRICLINIC.cell.array[0] / 2
     other_lattice = TRICLINIC.copy()
     other_lattice.set_cell(TRICLINIC.cell.array + TRICLINIC.cell.array[[1, 2, 0]] / 2)
-    no_repeat = with_cell(TRICLINIC, TRICLINIC.cell, False)
-    for other in (halfway, other_lattice, no_repeat):
+    molecule = with_cell(TRICLINIC, TRICLINIC.cell, False)
+    for other in (halfway, other_lattice, molecule):
         differ("energy of another crystal", value(calculator, other, "energy"), energy)
+
+
+@cache
+def outputs_of_pinned(name: str) -> dict[str, np.ndarray]:
+    return outputs(build(), PINNED[name])
 
 
 @given(atoms=crystals())
 @pinned()
 def test_crystals_of_a_batch_do_not_see_each_other(atoms):
-    """Every output, of neighbours of several sizes."""
+    """Every output, between neighbours of several sizes."""
     several = [PINNED["chiral"], atoms, PINNED["isolated atom"], TRICLINIC, atoms]
+    together = outputs(build(), *several)
     this = outputs(build(), atoms)
     alone = [outputs_of_pinned("chiral"), this, outputs_of_pinned("isolated atom"),
              outputs_of_pinned("triclinic"), this]
-    together = outputs(build(), *several)
+
     first = 0
     for s, crystal in enumerate(several):
         for name, found in together.items():
@@ -366,12 +392,10 @@ def test_crystals_of_a_batch_do_not_see_each_other(atoms):
     differ("energies of two crystals", together["energy"][0], together["energy"][2])
 
 
-@cache
-def outputs_of_pinned(name: str) -> dict[str, np.ndarray]:
-    return outputs(build(), PINNED[name])
-
-
 # ─── Forces and stress are slopes of the energy ─────────────────────────────────────────────────
+#
+# Central differences along a random direction of each crystal, then along all of one crystal. They
+# are compared in units of the largest force, which is not zero: that is the control.
 
 @given(atoms=crystals(), seed=seeds())
 @pinned(seed=0)
@@ -386,17 +410,18 @@ def test_stress_is_the_slope_of_the_energy_over_the_volume(atoms, seed):
     holds(stress_slope, atoms, "slope", seed=seed)
 
 
-EVERY = {name: changes for name, changes in MODELS.items() if name != "silu, fine"}
+EVERY_MODEL = {name: changes for name, changes in MODELS.items() if name != "silu, fine"}
 for L, activation in product(range(5), ("product", "silu")):
-    EVERY[f"{activation}, L={L}"] = {"degree": L, "activation": activation, "channels": 4,
+    EVERY_MODEL[f"{activation}, L={L}"] = {"degree": L, "activation": activation, "channels": 4,
                                      "groups": 2, "first_knot": 0.6}
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", EVERY_MODEL)
 def test_every_component_of_forces_and_stress_is_a_slope(name):
     """All 15 coordinates and 9 strains of one crystal, both ways, in one batch."""
-    model = build(**EVERY[name])
+    model = build(**EVERY_MODEL[name])
     step = 2e-5  # Å, and of the strain
+
     changed = []
     for n in range(3 * len(TRICLINIC)):
         for sign in (step, -step):
@@ -437,7 +462,7 @@ def test_energy_slope_and_curvature_are_continuous_at_the_cutoff(changes):
     outside = along(0.5e-6, 1.5e-6)
     beyond = along(0.5, 0.6)
     control = along(-1.5, -1.499)
-    for name in inside:
+    for name in control:
         same(f"{name} just inside the cutoff", inside[name], outside[name], "cutoff")
         same(f"{name} just outside", outside[name], beyond[name], "exact")
         differ(f"{name} well inside", control[name], outside[name])
@@ -446,6 +471,7 @@ def test_energy_slope_and_curvature_are_continuous_at_the_cutoff(changes):
 @settings(max_examples=max(2, settings().max_examples // 4))
 @given(atoms=crystals())
 def test_energy_and_forces_do_not_jump_at_the_cutoff_of_any_crystal(atoms):
+    """Where an atom is lost from sight is searched by halving."""
     assume(len(neighbor_list("i", atoms, 3.0)))
     try:
         jumps = cutoff_continuity(tiny_calculator(), atoms, of=("energy", "forces"))
@@ -456,9 +482,11 @@ def test_energy_and_forces_do_not_jump_at_the_cutoff_of_any_crystal(atoms):
 
 def test_isolated_atom_has_its_reference_energy_and_no_forces():
     """Alone, in a large cell, out of reach; whatever else is in the batch."""
-    cell = Atoms("Cu", cell=[9.0, 8, 7], pbc=True)
-    lonely = ((PINNED["isolated atom"], [2.0]), (PINNED["dimer at the cutoff"], [-1.0, 2.0]),
-              (cell, [0.5]))
+    lonely = (
+        (PINNED["isolated atom"], [2.0]),
+        (PINNED["dimer at the cutoff"], [-1.0, 2.0]),
+        (Atoms("Cu", cell=[9.0, 8, 7], pbc=True), [0.5]),
+    )
     for changes in ({}, {"activation": "silu"}, {"degree": 0}, {"layers": 1}):
         for crystal, E0 in lonely:
             for several in ([crystal], [crystal, TRICLINIC]):
@@ -467,23 +495,29 @@ def test_isolated_atom_has_its_reference_energy_and_no_forces():
                 same("energies", out["energies"][:len(E0)], E0, "formula")
                 same("forces", out["forces"][:len(E0)], np.zeros((len(E0), 3)), "exact")
                 same("stress", out["stress"][0], no_stress, "exact")
+
     near = outputs(build(), Atoms("SiO", [[0, 0, 0], [0, 0, 2.0]]))
     differ("energies in reach", near["energies"], [-1.0, 2.0])
     differ("forces in reach", near["forces"], np.zeros((2, 3)))
 
 
+class TooStrong(facet.FacetCalculator):
+    """Forces that are ten percent too large."""
+
+    def calculate(self, *arguments, **keywords):
+        super().calculate(*arguments, **keywords)
+        self.results["forces"] = 1.1 * self.results["forces"]
+
+
 def test_energy_is_conserved_in_molecular_dynamics():
-    class Wrong(facet.FacetCalculator):
-        def calculate(self, *arguments, **keywords):
-            super().calculate(*arguments, **keywords)
-            self.results["forces"] = 1.1 * self.results["forces"]
+    """Controls: wrong forces, and steps that are eight times too long."""
     model = build(energy_scale=0.2)
     error = partial(conservation_error, atoms=TRICLINIC, kelvin=600, steps=50)
     right = facet.FacetCalculator(model, "cpu", torch.float64)
+    wrong = TooStrong(model, "cpu", torch.float64)
     same("spread of the energy", error(right, femtoseconds=0.5), 0, "drift")
-    wrong = Wrong(model, "cpu", torch.float64)
-    assert error(wrong, femtoseconds=0.5) > 2 * TOL["drift"], "forces 10 % too large"
-    assert error(right, femtoseconds=4.0) > 2 * TOL["drift"], "steps eight times too long"
+    assert error(wrong, femtoseconds=0.5) > 2 * TOL["drift"]
+    assert error(right, femtoseconds=4.0) > 2 * TOL["drift"]
 
 
 # ─── Neighbours ─────────────────────────────────────────────────────────────────────────────────
@@ -495,9 +529,10 @@ def test_neighbour_list_equals_that_of_ase(atoms, cutoff):
     periodic = product((False, True), repeat=3) if atoms.cell.rank == 3 else [atoms.pbc]
     for pbc in periodic:
         crystal = with_cell(atoms, atoms.cell, pbc)
+        ours = facet.neighbour_list(crystal.positions, crystal.cell.array, pbc, cutoff)
+        those_of_ase = neighbor_list("ijSD", crystal, cutoff)
         found = []
-        for i, j, S, r in (facet.neighbour_list(crystal.positions, crystal.cell.array, pbc, cutoff),
-                           neighbor_list("ijSD", crystal, cutoff)):
+        for i, j, S, r in (ours, those_of_ase):
             assert (np.diff(i) >= 0).all(), "not sorted by dst"
             inside = np.linalg.norm(r, axis=1) < cutoff - 1e-9
             order = np.lexsort((*S[inside].T, j[inside], i[inside]))
@@ -517,11 +552,12 @@ def test_neighbour_is_seen_one_way_as_the_conventions_say():
 
 # ─── The ladder to the second implementation ────────────────────────────────────────────────────
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", EVERY_MODEL)
 def test_ladder_to_the_reference_holds(name):
+    """Every stage of the model; of the smallest models forces and stress, too."""
     derivatives = name in ("L=1, one layer", "L=0")
     print(f"\n{name}: largest error against reference_numpy.py")
-    for stage, error in ladder(build(**EVERY[name]), SMALL, derivatives).items():
+    for stage, error in ladder(build(**EVERY_MODEL[name]), SMALL, derivatives).items():
         print(f"    {stage:16} {error:.1e}")
         same(stage, error, 0, "slope" if stage in ("forces", "stress") else "rounding")
 
@@ -538,11 +574,15 @@ def test_ladder_to_the_reference_holds_on_random_crystals(atoms):
 def test_ladder_breaks_where_the_model_is_another():
     """Control: other weights in one layer, and the ladder says where."""
     model = copy.deepcopy(build())
-    want = reference_numpy.evaluate
     with torch.no_grad():
         model.layers[1].skip.a.W[0] += 0.5
-    with mock.patch.object(reference_numpy, "evaluate", lambda config, state, *crystal: want(
-            config, {n: w.numpy() for n, w in build().state_dict().items()}, *crystal)):
+    evaluate = reference_numpy.evaluate
+    weights = {name: tensor.numpy() for name, tensor in build().state_dict().items()}
+
+    def with_other_weights(config, state, *crystal):
+        return evaluate(config, weights, *crystal)
+
+    with mock.patch.object(reference_numpy, "evaluate", with_other_weights):
         steps = ladder(model, SMALL)
     broken = [stage for stage, error in steps.items() if error > TOL["control"]]
     assert broken[0] == "layer 1 skip" and "energy" in steps and steps["layer 1 mix"] < 1e-10
