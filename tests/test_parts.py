@@ -61,6 +61,7 @@ def test_splines_start_as_smooth_waves(first_knot, degree):
     config = replace(CONFIG, splines=24, first_knot=first_knot, degree=degree)
     columns = 2 * 3 * (degree + 1)  # layers, groups, degrees
     splines = facet.RadialSplines(columns, config)
+
     r = torch.linspace(max(0.01, first_knot), CUTOFF, 400, dtype=torch.float64)
     x = r[:, None] / CUTOFF
     inside = slice(0 if first_knot else 20, None)  # the tip of the ball hardly counts in the fit
@@ -86,9 +87,11 @@ def test_splines_start_as_smooth_waves(first_knot, degree):
 
 
 def test_fit_finds_the_best_splines_and_reports_the_error():
-    splines, known = facet.RadialSplines(9, CONFIG), facet.RadialSplines(9, CONFIG)
+    splines = facet.RadialSplines(9, CONFIG)
+    known = facet.RadialSplines(9, CONFIG)
+    g = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        shape, g = known.coefficients.shape, torch.Generator().manual_seed(0)
+        shape = known.coefficients.shape
         known.coefficients += torch.randn(shape, dtype=torch.float64, generator=g)
     differ("coefficients before", splines.coefficients, known.coefficients)
     same("error where an exact fit exists", splines.fit(known), torch.zeros(9), "formula")
@@ -96,6 +99,8 @@ def test_fit_finds_the_best_splines_and_reports_the_error():
 
     def waves(r):
         return torch.sin(2 * torch.arange(1, 10) * r[:, None]) * (CUTOFF - r[:, None]) ** 3
+
+    # With distances, the reported error is theirs
     r = torch.linspace(1.5, 3.4, 70, dtype=torch.float64)
     error = splines.fit(waves, r)
     same("reported error", error, (splines(r) - waves(r)).square().mean(0).sqrt(), "formula")
@@ -109,7 +114,8 @@ def test_fit_finds_the_best_splines_and_reports_the_error():
                       torch.linspace(0, CUTOFF, 1024)):
         splines.fit(waves, distances)
         fits.append(splines(r))
-    right, wrong = largest(fits[0], fits[1])[0], largest(fits[0], fits[2])[0]
+    right = largest(fits[0], fits[1])[0]
+    wrong = largest(fits[0], fits[2])[0]
     assert right < wrong / 10, "not weighted by the volume of the shells"
 
 
@@ -212,13 +218,19 @@ def test_harmonics_equal_those_of_scipy(L=6):
     rho = np.sqrt(1 - z ** 2)
     u = np.vstack([np.stack([rho * np.cos(angle), rho * np.sin(angle), z], -1),
                    np.eye(3), -np.eye(3)])
-    theta, angle, want = np.arccos(u[:, 2]), np.arctan2(u[:, 1], u[:, 0]), []
+
+    # SciPy's are complex, of norm 1, and have the Condon-Shortley sign
+    theta = np.arccos(u[:, 2])
+    angle = np.arctan2(u[:, 1], u[:, 0])
+    want = []
     for l in range(L + 1):
         for m in range(-l, l + 1):
             wave = np.sqrt(4 * np.pi) * (-1) ** m * sph_harm_y(l, abs(m), theta, angle)
             want.append(wave.real if m == 0 else 2 ** 0.5 * (wave.real if m > 0 else wave.imag))
     Y = facet.harmonics(torch.from_numpy(u), L).numpy()
     same("harmonics", Y, np.stack(want, -1), "formula")
+
+    # Means over the sphere, without the poles
     weights = np.repeat(weights, 2 * L + 2) / (4 * L + 4)
     same("means of products", (weights * Y[:-6].T) @ Y[:-6], np.eye((L + 1) ** 2), "formula")
     same("degree 1", Y[:, facet.rows_of(1)], np.sqrt(3) * u[:, [1, 2, 0]], "formula")
@@ -237,7 +249,8 @@ def test_lebedev_rule_is_exact_up_to_its_degree():
         assert len(facet.lebedev(degree)[0]) == P, f"not the smallest rule of degree {degree}"
     for degree in (3, 7, 9, 15):
         points, weights = facet.lebedev(degree)
-        mean, M = weights @ facet.harmonics(points, degree + 1), (degree + 1) ** 2
+        mean = weights @ facet.harmonics(points, degree + 1)
+        M = (degree + 1) ** 2
         same(f"means of harmonics, degree {degree}", mean[:M], np.eye(1, M)[0], "formula")
         same("lengths", points.norm(dim=1), torch.ones(len(points)), "formula")
         differ("means one degree higher", mean[M:], 0 * mean[M:])
@@ -251,6 +264,7 @@ def test_coupling_equals_that_of_sympy():
         if sum(path) % 2 == 0 and 2 * max(path) <= sum(path):
             triangles.add(path)
     assert sorted(facet.paths(2, 2, 2)) == sorted(triangles)
+
     for l1, l2, l3 in triangles | {(1, 2, 3), (3, 3, 2)}:
         G = facet.gaunt(l1, l2, l3)
         ms = product(*(range(-l, l + 1) for l in (l1, l2, l3)))
@@ -267,13 +281,16 @@ def test_summing_neighbours_first_equals_coupling_first(L):
     """Sum over neighbours, then couple = couple edge by edge, then sum."""
     N, K, C, B = 5, 4, CONFIG.channels, CONFIG.groups
     g = torch.Generator().manual_seed(1)
-    h, phi, Y = (torch.randn(*shape, dtype=torch.float64, generator=g) for shape in (
-        (N, (L + 1) ** 2, C), (N, B, L + 1, K), (N, (L + 1) ** 2, K)))
+    shapes = ((N, (L + 1) ** 2, C), (N, B, L + 1, K), (N, (L + 1) ** 2, K))
+    h, phi, Y = (torch.randn(*shape, dtype=torch.float64, generator=g) for shape in shapes)
     src = torch.randint(N, (N, K), generator=g)
     density = build(degree=L).layers[1].density
     index = src[:, None] * B + torch.arange(B)[:, None]
     A = density(h, index, phi, Y)  # [N, l3 m3 Q, C]
-    for l3, found in enumerate(A.split([(2 * l + 1) * Q for l, Q in enumerate(density.counts)], 1)):
+    widths = [(2 * l + 1) * Q for l, Q in enumerate(density.counts)]
+
+    # Edge by edge, one path after the other
+    for l3, found in enumerate(A.split(widths, 1)):
         by_path = []
         for l1, l2, l in density.paths:
             if l == l3:
@@ -376,7 +393,8 @@ def test_padded_neighbours_get_no_gradient():
 def grid_error(L: int, R=GENERIC, **changes) -> float:
     """How much it matters whether features are rotated before or after the grid layer."""
     layer = build(degree=L, layers=2, **changes).layers[0].grid
-    D, g = wigner(R, L), torch.Generator().manual_seed(2)
+    D = wigner(R, L)
+    g = torch.Generator().manual_seed(2)
     x = torch.randn(9, (L + 1) ** 2, CONFIG.channels, dtype=torch.float64, generator=g)
     differ("grid layer", layer(x), x)
     return largest(layer(D @ x), D @ layer(x))[0]
@@ -397,8 +415,8 @@ def test_silu_grid_gains_from_a_finer_grid_under_rotation():
         assert fine < coarse / 2, f"errors should fall with the degree: {errors}"
     same("error on the default grid", grid_error(2, activation="silu"), errors[1], "formula")
     for L in (1, 2, 3, 4):
-        default, points = build(degree=L, activation="silu").layers[0].grid, int(7.5 * L)
-        assert len(default.to_grid) == len(facet.lebedev(points)[0])
+        default = build(degree=L, activation="silu").layers[0].grid
+        assert len(default.to_grid) == len(facet.lebedev(int(7.5 * L))[0])
 
 
 def test_scalar_layer_needs_one_grid_point():
@@ -416,66 +434,74 @@ def test_scalar_layer_needs_one_grid_point():
 
 # ─── Moments, weights ───────────────────────────────────────────────────────────────────────────
 
-def start_moments(fan_in=None) -> dict[str, np.ndarray]:
-    """Second moments, per degree, of what every stage of a fresh model makes of unit variance;
-    fan_in, if given, replaces that of every weight."""
-    g = torch.Generator().manual_seed(3)
+def wide_model(fan_in: int | None = None) -> facet.Facet:
+    """A fresh model, wide enough for means; fan_in, if given, replaces that of every weight."""
     right = facet.randn
-
-    def draw(*shape):
-        return torch.randn(*shape, dtype=torch.float64, generator=g)
 
     def randn(*shape, **given):
         return right(*shape, fan_in=fan_in) if fan_in else right(*shape, **given)
 
-    def moment(x):
-        l = range(isqrt(x.shape[1]))
-        return np.array([float(x[:, facet.rows_of(n)].square().mean()) for n in l])
-    found = {}
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    config = replace(CONFIG, channels=64, groups=4, splines=24, mean_neighbours=40.0,
+                     species=tuple(chemical_symbols[1:31]), reference_energies=())
+    with torch.random.fork_rng(devices=[]), mock.patch.object(facet, "randn", randn):
         torch.default_generator.manual_seed(3)
-        with mock.patch.object(facet, "randn", randn):
-            model = facet.Facet(replace(CONFIG, channels=64, groups=4, splines=24,
-                                        species=tuple(chemical_symbols[1:31]),
-                                        reference_energies=(), mean_neighbours=40.0), torch.float64)
-        N, K, C, M = 300, 40, 64, 9
-        found["embedding"] = moment(model.embedding(torch.arange(30))[:, None])
-        x = draw(N, M, C)
-        found["readout"] = moment((x[:, :1] @ model.readout)[..., None])
-        species = torch.randint(30, (N,), generator=g)
-        for t, layer in enumerate(model.layers):
-            out, seen = isqrt(layer.skip.shared + layer.skip.missing), isqrt(layer.skip.shared)
-            skip = layer.skip(draw(N, (1, M, M)[t], C), species)[:, :seen ** 2]
-            found[f"layer {t} skip"] = moment(skip)
-            widths = [(2 * l + 1) * Q for l, Q in enumerate(layer.density.counts)]
-            found[f"layer {t} mix"] = moment(layer.mix(draw(N, sum(widths), C)))
+        return facet.Facet(config, torch.float64).requires_grad_(False)
 
-            # Neighbours everywhere in the ball, as many as the mean: a density of unit variance
-            r = draw(N, K, 3)
-            unit = r / r.norm(dim=-1, keepdim=True)
-            distance = CUTOFF * torch.rand(N, K, dtype=torch.float64, generator=g) ** (1 / 3)
-            phi = model.splines(distance).view(N, K, 3, 4, 3)[:, :, t].permute(0, 2, 3, 1)
-            index = torch.randint(N, (N, 1, K), generator=g) * 4 + torch.arange(4)[:, None]
-            A = layer.density(draw(N, (1, M, M)[t], C), index, phi, facet.harmonics(unit, 2).mT)
-            by_degree = [float(a.square().mean()) for a in A.split(widths, 1)]
-            found[f"layer {t} density"] = np.array(by_degree)
 
-            # The grid: what goes there, the product that comes back, the scalars that go on
-            y, grid = x[:, :out ** 2], layer.grid
-            u, v = grid.W12(y).chunk(2, -1)
-            found[f"layer {t} W1"], found[f"layer {t} W2"] = moment(u), moment(v)
-            found[f"layer {t} W3"] = moment(grid.W3(y))
-            found[f"layer {t} Ws"] = moment((y[:, 0] @ grid.Ws)[:, None])
-            squares = grid.from_grid(grid.on_grid(y) * grid.on_grid(draw(*y.shape)))
-            found[f"layer {t} product"] = moment(squares)
+def moments_by_degree(x: torch.Tensor) -> np.ndarray:
+    """Second moments of features [N, M, C] for l = 0, 1, …"""
+    degrees = range(isqrt(x.shape[1]))
+    return np.array([float(x[:, facet.rows_of(l)].square().mean()) for l in degrees])
+
+
+def start_moments(model: facet.Facet) -> dict[str, np.ndarray]:
+    """Second moments, per degree, of what every stage of a wide model makes of unit variance."""
+    g = torch.Generator().manual_seed(3)
+
+    def draw(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=g)
+
+    N, K, C, M = 300, 40, 64, 9
+    found = {"embedding": moments_by_degree(model.embedding(torch.arange(30))[:, None])}
+    x = draw(N, M, C)
+    found["readout"] = moments_by_degree((x[:, :1] @ model.readout)[..., None])
+    species = torch.randint(30, (N,), generator=g)
+    for t, layer in enumerate(model.layers):
+        M_in = (1, M, M)[t]
+        seen = isqrt(layer.skip.shared) ** 2
+        skip = layer.skip(draw(N, M_in, C), species)[:, :seen]
+        found[f"layer {t} skip"] = moments_by_degree(skip)
+        widths = [(2 * l + 1) * Q for l, Q in enumerate(layer.density.counts)]
+        found[f"layer {t} mix"] = moments_by_degree(layer.mix(draw(N, sum(widths), C)))
+
+        # Neighbours everywhere in the ball, as many as the mean: a density of unit variance
+        r = draw(N, K, 3)
+        unit = r / r.norm(dim=-1, keepdim=True)
+        distance = CUTOFF * torch.rand(N, K, dtype=torch.float64, generator=g) ** (1 / 3)
+        phi = model.splines(distance).view(N, K, 3, 4, 3)[:, :, t].permute(0, 2, 3, 1)
+        index = torch.randint(N, (N, 1, K), generator=g) * 4 + torch.arange(4)[:, None]
+        A = layer.density(draw(N, M_in, C), index, phi, facet.harmonics(unit, 2).mT)
+        by_degree = [float(a.square().mean()) for a in A.split(widths, 1)]
+        found[f"layer {t} density"] = np.array(by_degree)
+
+        # The grid: what goes there, the product that comes back, the scalars that go on
+        y = x[:, :layer.skip.shared + layer.skip.missing]
+        grid = layer.grid
+        u, v = grid.W12(y).chunk(2, -1)
+        found[f"layer {t} W1"] = moments_by_degree(u)
+        found[f"layer {t} W2"] = moments_by_degree(v)
+        found[f"layer {t} W3"] = moments_by_degree(grid.W3(y))
+        found[f"layer {t} Ws"] = moments_by_degree((y[:, 0] @ grid.Ws)[:, None])
+        squares = grid.from_grid(grid.on_grid(y) * grid.on_grid(draw(*y.shape)))
+        found[f"layer {t} product"] = moments_by_degree(squares)
     return found
 
 
 def test_every_stage_keeps_unit_variance_at_the_start():
     """Per degree; control: with another fan-in, the same for all weights, no stage does."""
-    for stage, moment in start_moments().items():
+    for stage, moment in start_moments(wide_model()).items():
         same(f"moments of {stage}, by degree", moment, np.ones_like(moment), "moment")
-    for stage, moment in start_moments(fan_in=150).items():
+    for stage, moment in start_moments(wide_model(fan_in=150)).items():
         if "density" not in stage and "product" not in stage:
             error, _ = largest(moment, np.ones_like(moment))
             assert error > TOL["moment"], f"{stage} does not notice"
@@ -568,15 +594,18 @@ def test_only_species_that_are_present_matter():
     copper = PINNED["one atom and its images"]
     assert batch_of(build(), copper).present.tolist() == [2]
     assert batch_of(build(), copper, SMALL).present.tolist() == [0, 1, 2]
-    rows, reference = [0, 1], CONFIG.reference_energies[:2]
-    few = facet.Facet(replace(CONFIG, species=("Si", "O"), reference_energies=reference),
-                      torch.float64)
+
+    # A model of two species with the same weights
+    rows = [0, 1]
+    reference = CONFIG.reference_energies[:2]
+    few = copy.deepcopy(build(species=("Si", "O"), reference_energies=reference))
     state = dict(build().state_dict())
     tables = {name for name, part in few.named_modules() if isinstance(part, facet.SpeciesTable)}
     for name in tables:  # the same rows, of another W
         table = build().get_submodule(name)(torch.tensor(rows))  # [2, C]
         state[f"{name}.W"] = torch.linalg.solve(few.get_submodule(name).root, table)
     few.load_state_dict(state)
+
     want = outputs(build(), SMALL)
     for name, found in outputs(few, SMALL).items():
         same(name, found, want[name])

@@ -59,9 +59,11 @@ def test_training_overfits_one_crystal():
 
 
 def test_saved_model_is_the_same_model(tmp_path):
-    path, model = tmp_path / "model.pt", build()
+    path = tmp_path / "model.pt"
+    model = build()
+    want = outputs(model, TRICLINIC)["energy"]
     facet.save(model, path, step=3)
-    loaded, want = facet.load(path, dtype=torch.float64), outputs(model, TRICLINIC)["energy"]
+    loaded = facet.load(path, dtype=torch.float64)
     assert loaded.config == model.config and torch.load(path, weights_only=True)["step"] == 3
     same("energy", outputs(loaded, TRICLINIC)["energy"], want, "exact")
     calculator = facet.FacetCalculator(path, "cpu", torch.float64)
@@ -85,8 +87,8 @@ def test_broken_checkpoint_is_refused_in_one_sentence(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such checkpoint"):
         facet.load(tmp_path / "model.pt")
     facet.save(build(), tmp_path / "model.pt")
-    whole, state = (tmp_path / "model.pt").read_bytes(), build().state_dict()
-    torch.save({"state": state}, tmp_path / "no config")
+    whole = (tmp_path / "model.pt").read_bytes()
+    torch.save({"state": build().state_dict()}, tmp_path / "no config")
     torch.save([1, 2], tmp_path / "list")
     (tmp_path / "empty").write_bytes(b"")
     (tmp_path / "truncated").write_bytes(whole[:len(whole) // 2])
@@ -126,13 +128,15 @@ VOIGT = ([0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1])  # of 3 × 3 elements, those of
 
 
 def test_calculator_gives_the_energy_forces_and_stress_of_the_model():
-    model, atoms = build(), TRICLINIC.copy()
+    model = build()
+    atoms = TRICLINIC.copy()
     want = outputs(model, atoms)
     for dtype, tol in ((torch.float64, "exact"), (torch.float32, "float32")):
         original = copy.deepcopy(model)
         atoms.calc = facet.FacetCalculator(original, device="cpu", dtype=dtype)
         with torch.no_grad():
             original.readout.zero_()  # later training does not reach the calculator
+
         same("energy", [atoms.get_potential_energy()], want["energy"], tol)
         free_energy = atoms.get_potential_energy(force_consistent=True)
         same("free energy", [free_energy], want["energy"], tol)
@@ -143,6 +147,8 @@ def test_calculator_gives_the_energy_forces_and_stress_of_the_model():
         moved = atoms.copy()
         moved.positions[0] += 0.2
         differ("forces of the next crystal", atoms.calc.get_forces(moved), want["forces"])
+
+    # Where there is no volume there is no stress
     for name in ("molecule", "slab without third vector"):
         forces = outputs(model, PINNED[name])["forces"]
         same("forces", atoms.calc.get_forces(PINNED[name]), forces, "float32")
@@ -207,6 +213,7 @@ def test_calculator_calculates_when_and_what_ase_expects():
     calculator = facet.FacetCalculator(build(), "cpu", torch.float64)
     assert calculator.calculation_required(atoms, ["energy"])
     assert calculator.get_property("energy", atoms, allow_calculation=False) is None
+
     with mock.patch.object(facet, "evaluate", wraps=facet.evaluate) as evaluated:
         found = {name: calculator.get_property(name, atoms)
                  for name in calculator.implemented_properties}
@@ -218,11 +225,14 @@ def test_calculator_calculates_when_and_what_ase_expects():
         found["forces"][:] = 0
         differ("forces after their copy was changed", calculator.get_forces(atoms), found["forces"])
         assert len(evaluated.mock_calls) == 1
+
+        # Another crystal
         atoms.positions[0] += 0.1
         assert calculator.calculation_required(atoms, ["energy"])
         assert calculator.get_property("forces", atoms, allow_calculation=False) is None
         calculator.get_property("stress", atoms)
         assert len(evaluated.mock_calls) == 2
+
     for name in ("magmom", "charges", "dipole"):
         with pytest.raises(PropertyNotImplementedError):
             calculator.get_property(name, atoms)
@@ -242,6 +252,7 @@ def test_evaluate_keeps_the_order_whatever_the_batches(batch_atoms):
     largest_crystal = max(len(atoms) for atoms in several)
     assert max(sizes) < batch_atoms + largest_crystal, "memory is not bounded"
     assert len(sizes) <= 1 + 2 * sum(sizes) // batch_atoms, "batches are not full"
+
     for want, got in zip(alone, found, strict=True):
         for name in ("energy", "free_energy", "energies", "forces"):
             wanted = want[name.removeprefix("free_")]

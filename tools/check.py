@@ -494,6 +494,7 @@ def given_calculator(words: list[str], dtype: str):
 
     Raises SystemExit with one sentence if there are none.
     """
+    # A checkpoint, in each precision
     spec, *options = words
     if spec.endswith(".pt"):
         if options:
@@ -507,7 +508,7 @@ def given_calculator(words: list[str], dtype: str):
             found.append((f"{spec}, {name}", calculator, name))
         return found
 
-    # Keyword arguments are numbers, True, False, None or text.
+    # Keyword arguments are numbers, True, False, None or text
     keywords = {}
     for option in options:
         key, equals, text = option.partition("=")
@@ -517,6 +518,8 @@ def given_calculator(words: list[str], dtype: str):
             keywords[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             keywords[key] = text
+
+    # Whatever the callable makes of them
     module, colon, name = spec.partition(":")
     if not colon:
         raise SystemExit(f"error: {spec} is neither a .pt file nor module:callable, such as "
@@ -538,12 +541,14 @@ def check_calculator(words: list[str], dtype: str, file: str, species: list[str]
             known = species or calculator.model.config.species
         else:
             known = species or ("Cu", "Al")
+
         try:
             atoms = ase.io.read(file) if file else random_crystal(known)
             value(calculator, atoms, "energy")
         except Exception as error:
             where = file or f"a crystal of {' '.join(known)} (try --species or --atoms)"
             raise SystemExit(f"error: no energy of {where}: {in_short(error)}") from None
+
         wrong += table(f"{title}, {atoms.symbols}; errors in eV per atom, eV/Å, eV/Å³",
                        (property_row(name, calculator, atoms, precision) for name in PROPERTIES))
         print()
