@@ -222,12 +222,26 @@ def test_forces_follow_a_permutation_of_the_atoms(atoms, seed):
     holds(permutation, atoms, seed=seed)
 
 
-def test_what_is_not_turned_along_is_noticed():
-    """Control of the four: what they compare is neither zero nor the same for every crystal."""
+class Crooked(facet.FacetCalculator):
+    """Wrong: its energy depends on the axes, on the place and on the order of the atoms."""
+
+    def calculate(self, *arguments, **keywords):
+        super().calculate(*arguments, **keywords)
+        x = self.atoms.positions
+        self.results["energy"] += (x * np.arange(x.size).reshape(x.shape)).sum()
+
+
+@pytest.mark.parametrize("function", (rotation, reflection, translation, permutation))
+def test_energy_that_depends_on_axes_place_and_order_is_noticed(function):
+    """Control of the four: each of them fails for a wrong calculator."""
+    with pytest.raises(AssertionError, match=function.__name__):
+        holds(function, TRICLINIC, calculator=Crooked(build(), "cpu", torch.float64))
+
+
+def test_rotation_permutation_and_strain_change_what_is_not_turned_along():
+    """Control: what the four compare is neither zero nor the same for every crystal."""
     calculator = tiny_calculator()
     turned = rotated(TRICLINIC, GENERIC)
-
-    # Rotations and permutations
     for of in ("forces", "stress"):
         differ(f"{of} of a rotated crystal", value(calculator, turned, of),
                value(calculator, TRICLINIC, of))
@@ -236,14 +250,11 @@ def test_what_is_not_turned_along_is_noticed():
     order = np.random.default_rng(4).permutation(2)
     assert order.tolist() == [1, 0], "the pinned pairs of atoms should change places"
 
-    # One atom that moves alone is no translation; maps that stretch are no rotations
+    # Maps that stretch are no rotations
     energy = value(calculator, TRICLINIC, "energy")
-    moved = TRICLINIC.copy()
-    moved.positions[0] += 0.1
-    wider = rotated(TRICLINIC, 1.05 * np.eye(3))
-    stretched = rotated(TRICLINIC, GENERIC + np.diag([0, 0, 0.05]))
-    for other in (moved, wider, stretched):
-        differ("energy of another crystal", value(calculator, other, "energy"), energy)
+    for stretch in (1.05 * np.eye(3), GENERIC + np.diag([0, 0, 0.05])):
+        other = rotated(TRICLINIC, stretch)
+        differ("energy of a stretched crystal", value(calculator, other, "energy"), energy)
 
 
 def handedness(atoms: Atoms) -> float:
@@ -260,9 +271,26 @@ def handedness(atoms: Atoms) -> float:
     return np.sum(np.cross(sums[0], sums[1]) * sums[2])
 
 
+class Handed(facet.FacetCalculator):
+    """Wrong in a mirror only: its energy tells left from right."""
+
+    def calculate(self, *arguments, **keywords):
+        super().calculate(*arguments, **keywords)
+        self.results["energy"] += handedness(self.atoms)
+
+
+def test_energy_that_tells_left_from_right_is_noticed_by_reflection_alone():
+    """Control: the group is O(3). Of SO(3), rotations alone, this calculator is a potential."""
+    handed = Handed(build(), "cpu", torch.float64)
+    for function in (rotation, translation, permutation):
+        holds(function, TRICLINIC, calculator=handed)
+    with pytest.raises(AssertionError, match="reflection"):
+        holds(reflection, TRICLINIC, calculator=handed)
+
+
 @pytest.mark.parametrize("name", ("triclinic", "chiral", "molecule"))
 def test_mirror_image_of_a_chiral_crystal_has_the_same_energy(name):
-    """The group is O(3); control: crystal and mirror image are not one crystal."""
+    """And mirrored features; control: crystal and mirror image are not one crystal."""
     atoms = PINNED[name]
     mirror = np.diag([1, 1, -1]) @ GENERIC
     differ("handedness, zero if the crystal is not chiral", handedness(atoms), 0)
