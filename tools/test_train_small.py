@@ -33,15 +33,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import facet
 import train_small
-from test_facet import (  # one_thread is a fixture that holds for every test here
-    ALL,
-    build,
-    differ,
-    largest,
-    one_thread,  # noqa: F401
-    same,
-)
+from tests.conftest import one_thread  # noqa: F401, a fixture that holds for every test here
 from tools import database
+from tools.check import build, differ, largest, same
+from tools.properties import ALL
 
 HERE = Path(__file__).resolve().parent.parent
 
