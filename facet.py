@@ -1083,7 +1083,7 @@ def upgrade(content: dict) -> dict:
     return {"origin": {}, **content}
 
 
-def build(kind: type, config: Config, dtype: torch.dtype) -> Facet:
+def untrained(kind: type, config: Config, dtype: torch.dtype) -> Facet:
     """A model whose weights will be replaced: the global random numbers stay as they are.
 
     They are saved and restored, which two threads must not do at the same time.
@@ -1120,7 +1120,7 @@ def load(path: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> 
         what = "no field {}" if name in known else "a field {} that this version does not know"
         raise ValueError(f"{path}: has {what.format(name)}")
     try:
-        model = build(Facet, Config(**config), dtype)
+        model = untrained(Facet, Config(**config), dtype)
         model.load_state_dict(state)
     except (ValueError, RuntimeError) as error:  # torch names every tensor that does not fit
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
@@ -1183,7 +1183,7 @@ class FacetCalculator(Calculator):
         super().__init__()
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if isinstance(model, Facet):
-            self.model = build(type(model), model.config, dtype).to(device).eval()
+            self.model = untrained(type(model), model.config, dtype).to(device).eval()
             self.model.load_state_dict(model.state_dict())
             self.model.origin = model.origin
         else:

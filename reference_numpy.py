@@ -98,9 +98,9 @@ def neighbours(positions, cell, pbc, cutoff):
 
 
 def radial_splines(r, coefficients, first_knot, cutoff):
-    """φ_b(r) = Σ_k coefficients[k, b] · bump(t − k),  t = (r − first_knot)/spacing. [F §3.1], [deBoor]
+    """φ_b(r) = Σ_k coefficients[k, b] · bump(t − k),  t = (r − first_knot)/spacing.
 
-    r [E] Å, coefficients [R, count], first_knot Å, cutoff Å → [E, count].
+    [F §3.1], [deBoor]. r [E] Å, coefficients [R, count], first_knot Å, cutoff Å → [E, count].
 
     bump(t − k) is the cubic B-spline on the five knots t = k−2, k−1, k, k+1, k+2, and 0 outside of
     them. k runs from −1, the first that reaches past first_knot, to R−2, the one that ends at the

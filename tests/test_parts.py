@@ -100,23 +100,28 @@ def test_fit_finds_the_best_splines_and_reports_the_error():
     def waves(r):
         return torch.sin(2 * torch.arange(1, 10) * r[:, None]) * (CUTOFF - r[:, None]) ** 3
 
-    # With distances, the reported error is theirs
-    r = torch.linspace(1.5, 3.4, 70, dtype=torch.float64)
-    error = splines.fit(waves, r)
-    same("reported error", error, (splines(r) - waves(r)).square().mean(0).sqrt(), "formula")
+    # The error of each function, where distances are as frequent as in a uniform medium
+    error = splines.fit(waves)
     differ("error of the fastest wave", error[-1], 0)
     assert error[0] < error[-1] / 10, "a slow wave should fit better than a fast one"
+    middles = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    evenly = CUTOFF * middles
+    uniform = CUTOFF * middles ** (1 / 3)
+    errors = []
+    for r in (uniform, evenly):
+        errors.append((splines(r) - waves(r)).square().mean(0).sqrt())
+    volume = 3 ** 0.5  # r²/cutoff² has a mean of a third
+    same("reported error", error * volume / errors[0], np.ones(9), "spline fit")
+    differ("reported error, evenly", error * volume / errors[1], np.ones(9))
 
-    # Without distances they are those of a uniform medium: as many as the shells have volume.
-    r = torch.linspace(0.7, CUTOFF, 50, dtype=torch.float64)
-    fits = []
-    for distances in (None, CUTOFF * torch.linspace(0, 1, 10_001).double() ** (1 / 3),
-                      torch.linspace(0, CUTOFF, 1024)):
-        splines.fit(waves, distances)
-        fits.append(splines(r))
-    right = largest(fits[0], fits[1])[0]
-    wrong = largest(fits[0], fits[2])[0]
-    assert right < wrong / 10, "not weighted by the volume of the shells"
+    # Of all splines those are the best: a step in any direction is worse
+    with torch.no_grad():
+        best = (splines(uniform) - waves(uniform)).square().sum()
+        for k in range(len(splines.coefficients)):
+            for sign in (0.01, -0.01):
+                splines.coefficients[k] += sign
+                assert (splines(uniform) - waves(uniform)).square().sum() > best
+                splines.coefficients[k] -= sign
 
 
 # ─── The core ───────────────────────────────────────────────────────────────────────────────────
@@ -303,73 +308,125 @@ def test_summing_neighbours_first_equals_coupling_first(L):
         differ(f"density of degree {l3}", want, 0 * want)
 
 
-def test_sums_over_neighbours_and_their_derivatives():
-    """To second order, however the atoms are cut in chunks, one of them without neighbours."""
+def sums(phi, Y, h, index, G, degree) -> torch.Tensor:
+    """What facet.NeighbourSum computes, in one einsum: [Q, N+1, b c]."""
+    N, B, K = index.shape
+    M1 = G.shape[1] // Y.shape[2]
+    there = h[index].view(N, B, K, -1, M1)
+    G = G.view(len(G), M1, -1)
+    A = torch.einsum("qam,snbmk,snmk,nbkca->qnbc", G, phi[:, :, :, degree], Y, there)
+    return torch.nn.functional.pad(A.flatten(2), (0, 0, 0, 1))  # the last atom sees nothing
+
+
+def derivatives(A: torch.Tensor, inputs, order: int = 3) -> list[torch.Tensor]:
+    """Gradients of a sum of squares, of a sum of their squares, and so on; of each order three."""
+    found = []
+    values = [A]
+    for _ in range(order):
+        total = sum((value * torch.arange(value.numel()).view_as(value).sin() * value).sum()
+                    for value in values)
+        values = torch.autograd.grad(total, inputs, create_graph=True)
+        found += values
+    return found
+
+
+@pytest.mark.parametrize("terms", (1, 2))
+def test_sums_over_neighbours_and_three_derivatives_equal_those_of_an_einsum(terms):
+    """However the atoms are cut in chunks; one atom has no neighbours, some edges go one way."""
     g = torch.Generator().manual_seed(0)
     L, N, B, K, c, M1, Q = 1, 5, 2, 3, 2, 4, 6
-    phi, Y, h, A = (torch.randn(*shape, dtype=torch.float64, generator=g).requires_grad_()
-                    for shape in ((N, B, L + 1, K), (N, 4, K), ((N + 1) * B, c * M1),
-                                  (Q, B * c, N + 1)))
-    A = A.detach().mT.requires_grad_()  # [Q, N+1, b c], in another order in memory
+    inputs = [torch.randn(*shape, dtype=torch.float64, generator=g).requires_grad_() for shape in
+              ((terms, N, B, L + 1, K), (terms, N, 4, K), ((N + 1) * B, c * M1))]
     G = torch.randn(Q, M1 * 4, dtype=torch.float64, generator=g)
     index = torch.randint((N + 1) * B, (N, B, K), generator=g)
-    degree = facet.degree_of_row(L)
+    constants = index, G, facet.degree_of_row(L)
 
-    there = h[index].view(N, B, K, c, M1)
-    whole = torch.einsum("qam,nbmk,nmk,nbkca->qnbc", G.view(Q, M1, 4), phi[:, :, degree], Y, there)
-    whole = torch.nn.functional.pad(whole.flatten(2), (0, 0, 0, 1))  # [Q, N+1, b c]
-    slopes = torch.autograd.grad(whole, (phi, Y, h), A, retain_graph=True)
+    whole = sums(*inputs, *constants)
+    want = derivatives(whole, inputs)
     for atoms in (1, 3, 5):
         pieces = [slice(a, min(a + atoms, N)) for a in range(0, N, atoms)]
         with mock.patch.object(facet, "chunks", lambda index, X, pieces=pieces: pieces):
-            def sums(phi, Y, h):
-                return facet.NeighbourSum.apply(phi, Y, h, index, G, degree)
+            A = facet.NeighbourSum.apply(*inputs, *constants)
+            same(f"sums in chunks of {atoms}", A, whole, "formula")
+            for n, found in enumerate(derivatives(A, inputs)):
+                order, name = n // 3 + 1, ("φ", "Y", "h")[n % 3]
+                same(f"derivative {order} for {name} in chunks of {atoms}", found, want[n])
+                differ(f"derivative {order} for {name}", want[n], 0 * want[n])
 
-            def grad(A, phi, Y, h):
-                return facet.NeighbourGrad.apply(A, phi, Y, h, index, G, degree, True)
 
-            same(f"sums in chunks of {atoms}", sums(phi, Y, h), whole, "formula")
-            for name, found, want in zip(("φ", "Y", "h"), grad(A, phi, Y, h), slopes):
-                same(f"gradient for {name} in chunks of {atoms}", found, want, "formula")
-            checks = ((torch.autograd.gradcheck, sums, (phi, Y, h)),
-                      (torch.autograd.gradgradcheck, sums, (phi, Y, h)),
-                      (torch.autograd.gradcheck, grad, (A, phi, Y, h)))
-            for check, f, inputs in checks:
-                fine = atoms != 3 or check(f, inputs, raise_exception=False)
-                assert fine, f"{check.__name__} of {f.__name__}"
+def test_chunks_hold_every_atom_once():
     pieces = facet.chunks(torch.zeros(1000, 2, 50, dtype=int), 10 ** 6)
     assert len(pieces) > 3, "this index should need several chunks"
     atoms = np.concatenate([np.arange(1000)[piece] for piece in pieces])
     same("atoms in all chunks", atoms, np.arange(1000), "exact")
-    assert facet.chunks(torch.zeros(3, 2, 50, dtype=int), 10 ** 9) == [slice(n, n + 1) for n in
-                                                                       range(3)]
+    one_by_one = [slice(n, n + 1) for n in range(3)]
+    assert facet.chunks(torch.zeros(3, 2, 50, dtype=int), 10 ** 9) == one_by_one
 
 
-def backwards(model, batch) -> dict[str, torch.Tensor]:
-    """All outputs, and the gradients for all weights of a sum of their squares."""
-    out = model(batch, differentiable=True)
-    total = sum(out[name].square().sum() for name in ("energies", "forces", "virial"))
-    names = [name for name, _ in model.named_parameters()]
-    return {**out, **dict(zip(names, torch.autograd.grad(total, [*model.parameters()])))}
+class Along:
+    """The energy of a crystal along a line of all its r_ij, and its derivatives."""
+
+    def __init__(self, activation: str):
+        self.model = build(activation=activation, core=WIDE_CORE)
+        atoms = TRICLINIC.copy()
+        atoms.rattle(0.05, seed=0)  # no distance is the sum of two cores, where the third jumps
+        self.batch = batch_of(self.model, atoms)
+        g = torch.Generator().manual_seed(0)
+        self.line = torch.randn(self.batch.vectors.shape, dtype=torch.float64, generator=g) / 10
+
+    def derivatives(self, place: float, order: int) -> list[torch.Tensor]:
+        """Energy and its first `order` derivatives at `place`, in units of the line."""
+        s = torch.tensor(place, dtype=torch.float64, requires_grad=True)
+        vectors = self.batch.vectors + s * self.line
+        energies = self.model.atomic_outputs(self.batch._replace(vectors=vectors))["energies"]
+        found = [energies.sum()]
+        for _ in range(order):
+            found += torch.autograd.grad(found[-1], s, create_graph=True)
+        return found
 
 
-@pytest.mark.parametrize("atoms", (1, 4))
-def test_layers_in_chunks_of_atoms_equal_those_in_one_piece(atoms):
-    """Energies, forces, virials, gradients for weights."""
-    def cut(index, X):
-        return [slice(a, min(a + atoms, len(index))) for a in range(0, len(index), atoms)]
+@pytest.mark.parametrize("activation", ("product", "silu"))
+def test_third_derivatives_of_the_energy_are_slopes_of_the_second(activation):
+    """Where no distance passes a knot of the splines within the step. (There the third jumps.)"""
+    along, step = Along(activation), 1e-6
+    first, second = (along.derivatives(sign * step, 2) for sign in (1, -1))
+    _, _, curvature, third = along.derivatives(0.0, 3)
+    slope = (first[2] - second[2]) / (2 * step)
+    same("third derivative", third / slope, 1.0, "slope")
+    differ("third derivative", third, 0)
+    differ("third derivative", third / curvature, 1.0)
 
-    model = build(layers=2, cutoff=3.4)
-    batch = batch_of(model, SMALL * (1, 2, 3), TRICLINIC)
-    assert len(batch.species) % 4, "the last chunk of four should be a smaller one"
-    with mock.patch.object(facet, "chunks", cut):
-        found = backwards(model, batch)
-    with mock.patch.object(facet, "chunks", lambda index, X: [slice(0, len(index))]):
-        want = backwards(model, batch)
-    for name in want:
-        same(name, found[name], want[name])
-        if name != "stress":
-            differ(name, want[name], 0 * want[name])
+
+@pytest.mark.parametrize("activation", ("product", "silu"))
+def test_gradients_of_a_loss_on_curvatures_are_slopes(activation):
+    """What training on Hessians needs, along a random direction of all weights."""
+    along, step = Along(activation), 1e-6
+    along.model = copy.deepcopy(along.model)
+    weights = list(along.model.parameters())
+    g = torch.Generator().manual_seed(1)
+    line = [torch.randn(w.shape, dtype=torch.float64, generator=g) for w in weights]
+    gradient = torch.autograd.grad(along.derivatives(0.0, 2)[2], weights, allow_unused=True)
+    got = sum(float((a * b).sum()) for a, b in zip(gradient, line, strict=True) if a is not None)
+
+    curvatures = []
+    for change in (step, -2 * step):
+        with torch.no_grad():
+            torch._foreach_add_(weights, line, alpha=change)
+        curvatures.append(float(along.derivatives(0.0, 2)[2].detach()))
+    slope = (curvatures[0] - curvatures[1]) / (2 * step)
+    same("gradient of a curvature", got / slope, 1.0, "slope")
+    differ("slope of a curvature", slope, 0)
+
+
+def test_torch_func_says_why_it_cannot_differentiate():
+    """And not in silence, or wrongly."""
+    model = build()
+    batch = batch_of(model, SMALL)
+
+    def energy(vectors):
+        return model.atomic_outputs(batch._replace(vectors=vectors))["energies"].sum()
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.grad(energy)(batch.vectors)
 
 
 def test_padded_neighbours_get_no_gradient():

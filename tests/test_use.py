@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -37,6 +38,8 @@ from tools.check import (
     same,
 )
 from tools.properties import ALL, GENERIC, rotated
+
+HERE = Path(__file__).resolve().parent
 
 # ─── Training and checkpoints ───────────────────────────────────────────────────────────────────
 
@@ -100,9 +103,9 @@ def test_broken_checkpoint_is_refused_in_one_sentence(tmp_path):
 
 
 @pytest.mark.parametrize("message, part, changes", (  # one for each way in which it may not fit
-    ("has no tensor layers.1.mix.W.2", "state", {"layers.1.mix.W.2": None}),
-    ("has a tensor dipole that this version does not know", "state", {"dipole": torch.ones(6)}),
-    ("tensor readout has shape [], not [6]", "state", {"readout": torch.tensor(1.0)}),
+    ('Missing key(s) in state_dict: "layers.1.mix.W.2"', "state", {"layers.1.mix.W.2": None}),
+    ('Unexpected key(s) in state_dict: "dipole"', "state", {"dipole": torch.ones(6)}),
+    ("size mismatch for readout", "state", {"readout": torch.tensor(1.0)}),
     ("has no field cutoff", "config", {"cutoff": None}),
     ("has a field speed that this version does not know", "config", {"speed": 3}),
     ("activation must be", "config", {"activation": "relu"}),
@@ -120,6 +123,49 @@ def test_checkpoint_of_another_version_says_what_does_not_fit(message, part, cha
         facet.load(path)
     assert str(error.value).startswith(f"{path}: ") and message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_checkpoint_of_format_1_is_still_read():
+    """Its numbers are those that the code that wrote it gave; it does not say where it is from."""
+    model = facet.load(HERE / "format_1.pt", dtype=torch.float64)
+    out = outputs(model, TRICLINIC)
+    same("energy", out["energy"], [-2.07339324], "text file")
+    same("forces", out["forces"][0], [-0.30781496, -0.12836032, 0.42060934], "text file")
+    same("stress", np.diag(out["stress"][0]), [0.23339426, 0.06455869, 0.05353727], "text file")
+    assert model.origin == {} and len(model.layers) == 2
+
+
+def test_checkpoint_of_a_newer_format_is_refused(tmp_path):
+    path = tmp_path / "model.pt"
+    facet.save(build(), path)
+    content = torch.load(path, weights_only=True)
+    torch.save({**content, "facet": facet.FORMAT + 1}, path)
+    with pytest.raises(ValueError, match="is of format 3, and this version") as error:
+        facet.load(path)
+    assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+
+
+def test_origin_of_a_model_is_kept_and_close_atoms_are_warned_of_once(tmp_path):
+    """Control: nothing is said of the distances of the training itself, or without an origin."""
+    model = copy.deepcopy(build())
+    model.origin = {"command": "by hand", "shortest": {"Si-O": 1.6, "Cu-Cu": 2.0}}
+    facet.save(model, tmp_path / "model.pt")
+    assert facet.load(tmp_path / "model.pt").origin == model.origin
+    far = Atoms("SiOCu", [[0, 0, 0], [0, 0, 1.6], [0, 1.1, 0]])
+    near = Atoms("SiOCu", [[0, 0, 0], [0, 0, 1.55], [0, 1.1, 0]])
+    for source in (model, tmp_path / "model.pt"):
+        calculator = facet.FacetCalculator(source, "cpu")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            calculator.get_forces(far)
+            facet.FacetCalculator(build(), "cpu").get_forces(near)
+        with pytest.warns(UserWarning, match="and .* are 1.55 Å apart, closer than .*1.60 Å"):
+            calculator.get_forces(near)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            near.positions[1, 2] -= 0.01
+            calculator.get_forces(near)
+            near.positions[1, 2] += 0.01
 
 
 # ─── The calculator ─────────────────────────────────────────────────────────────────────────────
@@ -441,10 +487,12 @@ def test_threads_do_not_disturb_each_other():
     def by_calculator(atoms):
         return facet.FacetCalculator(build(), "cpu", torch.float64).get_forces(atoms)
     build()
+    random_numbers = torch.get_rng_state()
     with ThreadPoolExecutor(2) as threads:
         for function in (by_model, by_calculator):
             for wanted, found in zip(want, threads.map(function, several * 4), strict=True):
                 same("forces", found, wanted, "exact")
+    same("state of the random numbers", torch.get_rng_state(), random_numbers, "exact")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no fork on Windows")
@@ -462,6 +510,7 @@ def test_calculator_works_in_a_forked_process():
 NEW_PROCESS = """
 import pickle
 import sys
+import warnings
 
 import numpy
 import torch
