@@ -210,8 +210,8 @@ def short_range(figure: Figure, results: dict) -> None:
         for colour, energy in zip(colours, curves.values(), strict=True):
             row[0].plot(one["curves"]["distance_A"], energy, linewidth=0.8, color=colour)
         pairs, hot = one["scan"]["pairs"], one["hot"]
-        title = f"{name}: dimers, {pairs} pair{'s' * (pairs > 1)}"
-        row[0].set(title=title, ylabel="energy (eV)", ylim=(-5, 50), xlim=(0, 4))
+        title = f"{name}: dimers, {len(curves)} of {pairs}"
+        row[0].set(title=title, ylabel="energy (eV)", ylim=(-5, 50), xlim=(0, 3))
         row[1].plot(hot["time_ps"], hot["temperature_K"], linewidth=0.8, color=ORANGE)
         title = f"{hot['structure']} at {hot['kelvin']:.0f} K"
         row[1].set(title=title, ylabel="temperature (K)", ylim=(0, None))

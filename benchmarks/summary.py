@@ -339,7 +339,7 @@ def short_range() -> list[str]:
             name, scan["pairs"], len(scan["attracting"]),
             f"{scan['least_energy_at_0.3_A_eV']:,.0f}",
             f"{hot['structure']}, {hot['picoseconds']:g} ps",
-            f"{min(hot['shortest_distance_A']):.2f}", f"{max(hot['largest_force_eV_per_A']):.0f}"])
+            f"{hot['least_distance_A']:.2f}", f"{hot['largest_force_eV_per_A']:.0f}"])
     return table(
         "model", "pairs of elements", "attracting in the core", "least energy at 0.3 Å (eV)",
         "at 2,000 K", "shortest distance (Å)", "largest force (eV/Å)", rows=rows)
