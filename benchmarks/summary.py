@@ -24,12 +24,14 @@ ERRORS = {FORCE: "force MAE (eV/Å)", ENERGY: "energy MAE (meV/atom)"}
 # Published test errors on the same splits. Si, Li: Zuo et al., J. Phys. Chem. A 124, 731 (2020).
 # AcAc: arXiv 2206.07697, table 3, MACE after hours of an A100. NbMoTaW: SNAP, npj Comput. Mater. 6,
 # 70 (2020), whose training set has quaternaries.
-PUBLISHED = {
-    "Si": "GAP 2.91 · 0.07, MTP 2.21 · 0.06", "Li": "GAP 0.49 · 0.01, MTP 0.49 · 0.01",
-    "AcAc, 300 K": "MACE, hours of an A100: 0.9 · 5.1",
-    "AcAc, 600 K": "MACE, hours of an A100: 4.6 · 22.4",
-    "NbMoTaW, elements": "SNAP 4.13 · 0.132", "NbMoTaW, binaries": "SNAP 5.35 · 0.031",
-    "NbMoTaW, quaternaries": "SNAP 5.94 · 0.189"}
+PUBLISHED = {  # test file: model: energy, forces, in the units of `usual_errors`
+    "Si": {"GAP": ("2.91", "0.07"), "MTP": ("2.21", "0.06")},
+    "Li": {"GAP": ("0.49", "0.01"), "MTP": ("0.49", "0.01")},
+    "AcAc, 300 K": {"MACE, hours of an A100": ("0.9", "5.1")},
+    "AcAc, 600 K": {"MACE, hours of an A100": ("4.6", "22.4")},
+    "NbMoTaW, elements": {"SNAP": ("4.13", "0.132")},
+    "NbMoTaW, binaries": {"SNAP": ("5.35", "0.031")},
+    "NbMoTaW, quaternaries": {"SNAP": ("5.94", "0.189")}}
 
 
 # ─── Speed ───────────────────────────────────────────────────────────────────────────────────────
@@ -88,15 +90,15 @@ def spread(values: list, digits: int) -> str:
     return mean if len(values) == 1 else f"{mean} ± {np.std(values):.{digits}f}"
 
 
-def usual_errors(label: str, found: dict) -> tuple[str, str, str]:
-    """Units, energy and force errors as they are usually given, with their spreads over the seeds:
-    MAE per atom, for molecules RMSE of the total energy.
+def usual_errors(label: str, found: dict) -> tuple[str, tuple[str, str], tuple[str, str]]:
+    """Kind, units and values of the energy and force errors as they are usually given: MAE per
+    atom, for molecules RMSE of the total energy. Values with their spreads over the seeds.
     """
     if label.startswith("AcAc"):
         energy = np.array(found["energy_rmse_meV_per_atom"]) * np.array(found["atoms"])
         force = 1000 * np.array(found["force_rmse_eV_per_A"])
-        return "RMSE, meV · meV/Å", spread(energy, 1), spread(force, 1)
-    return "MAE, meV/atom · eV/Å", spread(found[ENERGY], 2), spread(found[FORCE], 4)
+        return "RMSE", ("meV", "meV/Å"), (spread(energy, 1), spread(force, 1))
+    return "MAE", ("meV/atom", "eV/Å"), (spread(found[ENERGY], 2), spread(found[FORCE], 4))
 
 
 def default_trainings() -> list[dict]:
@@ -111,18 +113,18 @@ def accuracy() -> list[str]:
     for runs in default_trainings():
         minutes = f"{np.mean(runs['cpu_seconds']) / 60:.1f}"
         for label, found in runs["tests"].items():
-            unit, energy, force = usual_errors(label, found)
+            kind, units, values = usual_errors(label, found)
             stress = "–" if found[STRESS][0] is None else spread(found[STRESS], 3)
             constants = []
             for key in (ENERGY, FORCE, STRESS):
                 value = found["constant"][key][0]
                 digits = ",.0f" if (value or 0) >= 100 else ".3g"
                 constants.append("–" if value is None else f"{value:{digits}}")
-            lines.append([label, unit, energy, force, stress, minutes, " · ".join(constants),
-                          PUBLISHED.get(label, "–")])
+            lines.append([label, f"{kind}, {' · '.join(units)}", *values, stress, minutes,
+                          " · ".join(constants)])
     return table(
         "test errors", "of energy · forces", "energy", "forces", "stress MAE (GPa)", "CPU-minutes",
-        "constants: MAE", "published", rows=lines)
+        "constants: MAE", rows=lines)
 
 
 def crossing(facet: dict, key: str, goal: float) -> float | None:
@@ -301,17 +303,6 @@ def trim() -> list[str]:
         "stress (GPa)", "speed", rows=lines)
 
 
-def best_trim() -> str:
-    """The untuned variant with the least force error among those a quarter smaller."""
-    rows = read_results("sevennet_trim")["rows"]
-    chosen = [
-        i for i, name in enumerate(rows["variant"])
-        if rows["fewer_percent"][i] >= 25 and not name.endswith("tuned")]
-    i = min(chosen, key=lambda i: rows["force"]["mae"][i])
-    return (f"{rows['fewer_percent'][i]:.0f} % fewer parameters · "
-            f"{rows['energy']['mae'][i]:.2f} meV/atom · {rows['force']['mae'][i]:.1f} meV/Å off")
-
-
 def equivariance() -> list[str]:
     """Errors of each kind of grid layer, on its own grid."""
     content = read_results("equivariance")
@@ -345,53 +336,120 @@ def short_range() -> list[str]:
         "at 2,000 K", "shortest distance (Å)", "largest force (eV/Å)", rows=rows)
 
 
-# ─── The README's table ──────────────────────────────────────────────────────────────────────────
+# ─── Beside the peers ────────────────────────────────────────────────────────────────────────────
+
+
+def speed_rows() -> dict[str, list[str]]:
+    """Times and memory of the same crystals."""
+    runs = read_results("speed")["runs"]
+    few = (M64, M128)
+    four = (M64, M128, "SevenNet-0", NEQUIP)
+    subjects = {
+        "bare": "speed: energy, forces, stress of 64 or 512 silicon atoms (the worse case)",
+        "train": "speed: a training step on 4 crystals of 64 silicon atoms"}
+    rows = {}
+    for job, threads, species, peers in (
+            ("bare", 1, 89, four), ("bare", 2, 89, four), ("bare", 1, 4, few),
+            ("train", 1, 89, few), ("train", 2, 89, few), ("train", 1, 4, few)):
+        ratios = [f"{speed_ratio(runs, job, peer, threads, species):.1f}" for peer in peers]
+        words = "one thread" if threads == 1 else "two threads"
+        rows[job, threads, species] = [
+            f"{subjects[job]}; {words}, {species} elements known", " / ".join(peers),
+            f"{' / '.join(ratios)} times as fast"]
+    rows["memory"] = [
+        "memory: energy, forces, stress of 512 or 4,096 silicon atoms (the worse case)",
+        "the one of these that needs least", f"{100 * memory_share(runs):.0f} % of that"]
+    return rows
+
+
+def error_rows() -> dict[str, list[str]]:
+    """Test errors beside published ones, a line for each test file that has some."""
+    rows = {}
+    for runs in default_trainings():
+        for label, found in runs["tests"].items():
+            if label not in PUBLISHED:
+                continue
+            kind, units, values = usual_errors(label, found)
+            peers = []
+            for peer, errors in PUBLISHED[label].items():
+                peers.append(f"{peer}: {with_units(errors, units)}")
+            mean = {"MAE": "mean absolute", "RMSE": "root mean square"}[kind]
+            rows[label] = [f"test errors, {label}: {mean} error of energies, of forces",
+                           "; ".join(peers), with_units(values, units)]
+    return rows
+
+
+def with_units(values: tuple[str, ...], units: tuple[str, ...]) -> str:
+    return ", ".join(f"{value} {unit}" for value, unit in zip(values, units, strict=True))
+
+
+def training_rows() -> dict[str, list[str]]:
+    """Processor time until Facet's error is MACE's best."""
+    rows = {}
+    for name, words in (("Si", "silicon"), ("crystals", "crystals of 15 elements")):
+        for key, entry in against_time(name).items():
+            error = {FORCE: "forces is {:.3g} eV/Å", ENERGY: "energies is {:.3g} meV/atom"}[key]
+            rows[name, key] = [
+                f"processor time of training on {words} until the mean absolute error of "
+                f"{error.format(entry['goal'])}, MACE's best",
+                f"{M64}: {entry['mace']:,.0f} s",
+                f"{entry['facet']:,.0f} s, {share(entry)} of that"]
+    return rows
+
+
+def relaxation_rows() -> dict[str, list[str]]:
+    """Processor time of relaxing the same crystals."""
+    total = relax_totals()
+    mace, ours, many = total["mace"], total["facet"], total["batched"]
+    model = [1000 * one["model_seconds"] / one["evaluations"] for one in (mace, ours)]  # ms
+
+    def taken(one: dict) -> str:
+        return f"{one['cpu_seconds']:.0f} s, {one['converged']} of them converge"
+
+    def faster(before: float, after: float) -> str:
+        return f"{before / after:.1f} times as fast"
+
+    crystals = f"processor time of relaxing {mace['crystals']} crystals"
+    return {
+        "relaxing": [f"{crystals} one by one by ASE", f"{M64}: {taken(mace)}",
+                     f"{taken(ours)}: {faster(mace['cpu_seconds'], ours['cpu_seconds'])}"],
+        "model": ["the model's part of a step of that", f"{M64}: {model[0]:.1f} ms",
+                  f"{model[1]:.1f} ms: {faster(*model)}"],
+        "relaxing many": [f"{crystals}, Facet's all at once by `tools.relax`",
+                          f"{M64}, one by one by ASE: {taken(mace)}",
+                          f"{taken(many)}: {faster(mace['cpu_seconds'], many['cpu_seconds'])}"]}
+
+
+def trim_rows() -> dict[str, list[str]]:
+    """The untuned variant of SevenNet-0 with the least force error among those a quarter smaller.
+    """
+    rows = read_results("sevennet_trim")["rows"]
+    chosen = [
+        i for i, name in enumerate(rows["variant"])
+        if rows["fewer_percent"][i] >= 25 and not name.endswith("tuned")]
+    i = min(chosen, key=lambda i: rows["force"]["mae"][i])
+    whole = rows["parameters"][rows["variant"].index("SevenNet-0")]
+    return {"trim": [
+        "parameters of SevenNet-0 with splines in place of its radial MLPs, and its matrices "
+        "multiplied where that changes nothing", f"SevenNet-0: {whole:,}",
+        f"{rows['parameters'][i]:,}, {rows['fewer_percent'][i]:.0f} % fewer; energies change by "
+        f"{rows['energy']['mae'][i]:.2f} meV/atom, forces by {rows['force']['mae'][i]:.1f} meV/Å"]}
+
+
+# Rows of the front page; the other page has all
+FRONT = (("bare", 1, 89), "Si", ("Si", FORCE), "relaxing many")
+
+
+def all_comparisons() -> list[str]:
+    """Facet beside its peers, a line for each subject."""
+    rows = speed_rows() | error_rows() | training_rows() | relaxation_rows() | trim_rows()
+    return table("what", "against", "Facet", rows=list(rows.values()))
 
 
 def beside_peers() -> list[str]:
-    """Facet beside its peers, a line for each subject."""
-    runs = read_results("speed")["runs"]
-    rows = []
-
-    def add(subject: str, against: str, found: str, script: str) -> None:
-        rows.append([subject, against, found, f"[{script}.py](benchmarks/{script}.py)"])
-
-    for job, subject, peers in (
-            ("bare", "energy, forces, stress", (M64, M128, "SevenNet-0", NEQUIP)),
-            ("train", "a training step", (M64, M128))):
-        for threads, words in ((1, "one thread"), (2, "two threads")):
-            ratios = [speed_ratio(runs, job, peer, threads) for peer in peers]
-            values = " · ".join(f"{ratio:.1f}" for ratio in ratios)
-            add(f"{subject}, {words}", " · ".join(peers), f"{values} × as fast", "speed")
-    add("memory", "the most frugal of them", f"{100 * memory_share(runs):.0f} % of it", "speed")
-
-    for runs in default_trainings():
-        for label, found in runs["tests"].items():
-            if label in PUBLISHED:
-                unit, energy, force = usual_errors(label, found)
-                add(f"test errors, {label} ({unit})", PUBLISHED[label], f"{energy} · {force}",
-                    "accuracy")
-
-    for name, words in (("Si", "silicon"), ("crystals", "crystals of 15 elements")):
-        found = against_time(name)
-        values = " · ".join(share(found[key]) for key in (FORCE, ENERGY))
-        subject = f"training on {words} until its best force · energy error"
-        add(subject, M64, f"{values} of its processor time", "accuracy")
-
-    total = relax_totals()
-    mace, ours, many = total["mace"], total["facet"], total["batched"]
-    whole = mace["seconds"] / ours["seconds"]
-    model = (mace["model_seconds"] / mace["evaluations"]) / (
-        ours["model_seconds"] / ours["evaluations"])
-    add("relaxing crystals one by one: in all · a step of the model", M64,
-        f"{whole:.1f} · {model:.1f} × as fast", "relax")
-    rate = (many["crystals"] / many["cpu_seconds"]) / (mace["crystals"] / mace["cpu_seconds"])
-    add("relaxing many at once by `tools.relax`", f"{M64}, one by one",
-        f"{rate:.1f} × as many in the same processor time", "relax")
-
-    add("SevenNet-0 with splines for its radial MLPs, and exact folds", "as it comes", best_trim(),
-        "sevennet_trim")
-    return table("", "against", "Facet", "by", rows=rows)
+    """The few lines of `all_comparisons` on the front page."""
+    rows = speed_rows() | error_rows() | training_rows() | relaxation_rows()
+    return table("what", "against", "Facet", rows=[rows[name] for name in FRONT])
 
 
 # ─── Pages ───────────────────────────────────────────────────────────────────────────────────────
@@ -404,10 +462,10 @@ def table(*heading: str, rows: list[list]) -> list[str]:
 
 
 HERE = "benchmarks/README.md"
-TABLES = {
-    beside_peers: "README.md", speed: HERE, accuracy: HERE, time_to_accuracy: HERE,
-    relaxation: HERE, dynamics: HERE, density: HERE, ablations: HERE, trim: HERE,
-    equivariance: HERE, short_range: HERE}  # and the page where each stands
+TABLES = {  # and the page where each stands
+    beside_peers: "README.md", all_comparisons: HERE, speed: HERE, accuracy: HERE,
+    time_to_accuracy: HERE, relaxation: HERE, dynamics: HERE, density: HERE, ablations: HERE,
+    trim: HERE, equivariance: HERE, short_range: HERE}
 
 
 def write(lines: list[str], page: str) -> None:
