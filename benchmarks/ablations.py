@@ -22,7 +22,6 @@ delete that file to begin anew. In the end come the table and the picture.
 """
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import os
@@ -40,6 +39,7 @@ import torch
 from common import (
     SETS,
     columns,
+    command_line,
     each_layer,
     in_turn,
     read_results,
@@ -562,8 +562,7 @@ def show(content: dict, names: list[str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--sets", nargs="+", default=["Si", "crystals"], choices=SETS)
     parser.add_argument("--only", nargs="+", choices=["radial", "update", "density", "size"],

@@ -43,6 +43,7 @@ from common import (
     FIGURES,
     WORK,
     columns,
+    command_line,
     hardware,
     in_turn,
     read_set,
@@ -408,8 +409,7 @@ def measure(args: argparse.Namespace) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--data", type=Path, help="folder of the data")
     parser.add_argument("--out", type=Path, default=WORK / "equivariance",
                         help="where trained models are kept")

@@ -27,7 +27,6 @@ picture.
 """
 from __future__ import annotations
 
-import argparse
 import copy
 import os
 import re
@@ -40,7 +39,7 @@ import sevenn._keys as KEY
 import torch
 from ase.data import chemical_symbols, reference_states
 from ase.units import GPa
-from common import columns, hardware, in_turn, versions, write_results
+from common import columns, command_line, hardware, in_turn, versions, write_results
 from pictures import draw_results
 from sevenn.atom_graph_data import AtomGraphData
 from sevenn.train.dataload import unlabeled_atoms_to_graph
@@ -473,8 +472,7 @@ def report(models: dict[str, nn.Module], found: dict[str, dict], seconds: float)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--quick", action="store_true", help="a smoke run that writes nothing")
     parser.add_argument("--steps", type=int, default=60,
                         help="of each tuning, four crystals a step")

@@ -9,7 +9,6 @@ No training set holds such dimers; a network may say anything about them, and th
 the first element's crystal. Adds to benchmarks/results/short_range.json under NAME, and draws its
 picture for all that is there.
 """
-import argparse
 import time
 from itertools import combinations_with_replacement
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 from ase import Atoms, units
 from ase.md.langevin import Langevin
-from common import read_results, write_results
+from common import command_line, read_results, write_results
 from pictures import draw_results
 
 import facet
@@ -132,8 +131,7 @@ def curves(model: facet.Facet) -> dict:
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="model.pt of train_small.py")
     parser.add_argument("--name", required=True, help="what the results are kept under")
     parser.add_argument("--structure", type=Path, help="a file with what is heated")
