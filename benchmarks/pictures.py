@@ -141,7 +141,7 @@ def paint_ablations(figure: Figure, results: dict) -> None:
     panels = {}  # set: {variant: (ms, error, spread)}
     for name, errors in ablation_errors(results).items():
         ms = dict(zip(variants["variant"], variants["step_ms"][name], strict=True))
-        panels[name] = {v: (ms[v], *errors[v][:2]) for v in errors if np.isfinite(errors[v][0])}
+        panels[name] = {v: (ms[v], *errors[v]) for v in errors if np.isfinite(errors[v][0])}
     panels = {name: points for name, points in panels.items() if len(points) > 1}
     groups = [g for g in titles if any(group_of[v] == g for one in panels.values() for v in one)]
 

@@ -202,7 +202,8 @@ def relax_totals(content: dict) -> dict[str, dict]:
         found[name] = {key: sum(rows[key]) for key in keys if key in rows}
         found[name]["crystals"] = len(rows["steps"])
         error = np.abs(np.array(rows["volume_A3_per_atom"], float) / known - 1)
-        found[name]["volume"] = 100 * np.nanmedian(error[np.array(rows["converged"])])
+        error = error[np.isfinite(error) & rows["converged"]]
+        found[name]["volume"] = 100 * np.median(error) if len(error) else None
     batched = content["batched"]
     found["batched"] |= {**batched, "evaluations": batched["steps"] + batched["crystals"]}
     return found
@@ -218,7 +219,8 @@ def relaxation(content: dict | None = None) -> list[str]:
         rows.append([
             WAYS[name], f"{one['seconds']:.0f}", f"{one['cpu_seconds']:.0f}", one["steps"],
             f"{one['converged']} of {one['crystals']}",
-            f"{1000 * one['seconds'] / one['evaluations']:.1f}", model, f"{one['volume']:.0f} %"])
+            f"{1000 * one['seconds'] / one['evaluations']:.1f}", model,
+            "–" if one["volume"] is None else f"{one['volume']:.0f} %"])
     return table(
         "relaxation by", "seconds", "CPU-seconds", "steps", "converged", "ms per step",
         "of which the model", "volumes off by", rows=rows)
@@ -256,44 +258,43 @@ def density() -> list[str]:
         "milliseconds, edge by edge → neighbours first", "one thread", "two threads", rows=rows)
 
 
-def ablation_errors(content: dict, budget: str = "steps") -> dict[str, dict[str, list]]:
-    """{set: {variant: [mean, spread over seeds, seeds, steps]}} of the force MAE, meV/Å."""
+def ablation_errors(content: dict) -> dict[str, dict[str, tuple[float, float]]]:
+    """{set: {variant: (mean, spread over seeds)}} of the force MAE, meV/Å."""
     runs = content["runs"]
     found = {}
     for i, variant in enumerate(runs["variant"]):
-        if runs["budget"][i] == budget and runs["base"][i] == content["steps"]:
-            one = found.setdefault(runs["set"][i], {}).setdefault(variant, ([], []))
+        if runs["steps"][i] == content["steps"]:
+            errors = found.setdefault(runs["set"][i], {}).setdefault(variant, [])
             error = runs[FORCE][i]
-            one[0].append(np.nan if error is None else 1000 * error)  # None: diverged
-            one[1].append(runs["steps"][i])
+            errors.append(np.nan if error is None else 1000 * error)  # None: diverged
     for variants in found.values():
-        for variant, (errors, steps) in variants.items():
+        for variant, errors in variants.items():
             spread = float(np.std(errors, ddof=len(errors) > 1))
-            variants[variant] = [float(np.mean(errors)), spread, len(errors), steps[0]]
+            variants[variant] = (float(np.mean(errors)), spread)
     return found
 
 
-def ablations() -> list[str]:
-    """Each variant's time and memory over the default's, and its error after equal steps."""
+def ablations(name: str = "Si") -> list[str]:
+    """Each variant's time and memory over the default's, and its error, on one of SETS."""
     content = read_results("ablations")
     variants = content["timings"]["variants"]
-    errors = ablation_errors(content).get("Si", {})
+    errors = ablation_errors(content).get(name, {})
     default = variants["variant"].index("default")
     rows = []
-    for i, name in enumerate(variants["variant"]):
-        if name not in errors and variants["group"][i] != "density":
+    for i, variant in enumerate(variants["variant"]):
+        if variant not in errors and variants["group"][i] != "density":
             continue
         cells = [f"{variants['parameters'][i]:,}"]
-        for column in (variants["evaluation_ms"], variants["step_ms"]["Si"],
-                       variants["step_MB"]["Si"]):
+        for column in (variants["evaluation_ms"], variants["step_ms"][name],
+                       variants["step_MB"][name]):
             cells.append(f"{column[i] / column[default]:.2f} ×")
         error = "as the default"
-        if name in errors:
-            mean, spread, seeds, _ = errors[name]
+        if variant in errors:
+            mean, spread = errors[variant]
             error = f"{mean:.1f} ± {spread:.1f}"
-        rows.append([name, *cells, error])
+        rows.append([variant, *cells, error])
     return table(
-        f"silicon, {content['steps']} steps", "parameters", "evaluation", "training step", "memory",
+        f"{name}, {content['steps']} steps", "parameters", "evaluation", "training step", "memory",
         "force MAE (meV/Å)", rows=rows)
 
 
