@@ -176,10 +176,10 @@ def paint_sevennet_trim(figure: Figure, results: dict) -> None:
         i for i, name in enumerate(rows["variant"])
         if name not in ("SevenNet-0", "exact folds only")]
     axes = figure.subplots(1, 2, sharex=True)
-    for axis, key, text in zip(
-            axes, ("energy", "force"), ("energy MAE, meV/atom", "force MAE, meV/Å"), strict=True):
+    errors = {"energy_meV_per_atom": "energy MAE, meV/atom", "force_meV_per_A": "force MAE, meV/Å"}
+    for axis, (key, text) in zip(axes, errors.items(), strict=True):
         for number, i in enumerate(chosen, 1):
-            name, point = rows["variant"][i], (rows["parameters"][i] / 1000, rows[key]["mae"][i])
+            name, point = rows["variant"][i], (rows["parameters"][i] / 1000, rows[key][i])
             tuned = "tuned" in name
             marker = "*" if tuned else "s" if "Bessel" in name else "o"
             colour = BLUE if "fold" in name else ORANGE
