@@ -13,16 +13,13 @@
 
 Every variant is the default model with one part replaced by a small subclass of facet.py's, or one
 number of its Config changed; everything else, learning rates included, stays as train_small.py has
-it. Test errors are given after equal steps (--steps) and after equal time: as many steps as take
-the time that the default needs for --steps, by the measured times of a step. (Where these differ by
-less than 5 %, one training serves for both.) So the schedule is always complete, and a busy machine
-changes little. Times are milliseconds of one core, the processor's own count. All in float32.
-FOLDER is as in accuracy.py. Each run is saved when it ends, to benchmarks/results/ablations.json;
-delete that file to begin anew. In the end come the table and the picture.
+it. Test errors are given after equal steps (--steps), beside the time of a step. Times are
+milliseconds of one core, the processor's own count. All in float32. FOLDER is as in accuracy.py.
+Each run is saved when it ends, to benchmarks/results/ablations.json; delete that file to begin
+anew. In the end come the table and the picture.
 """
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import os
@@ -31,6 +28,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
+from itertools import product
 from math import sqrt
 from multiprocessing import get_context
 from pathlib import Path
@@ -40,6 +38,7 @@ import torch
 from common import (
     SETS,
     columns,
+    command_line,
     each_layer,
     in_turn,
     read_results,
@@ -50,7 +49,7 @@ from common import (
 )
 from density import EdgeWiseDensity
 from pictures import draw_results
-from summary import ENERGY, FORCE, ablation_errors
+from summary import ENERGY, FORCE, ablation_errors, ablations
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
@@ -58,9 +57,6 @@ import facet
 import train_small
 from tools import report
 from tools.properties import IMPROPER, random_alloy
-
-EQUAL = 0.05  # steps that differ by less take equal time
-
 
 # ─── Radial functions ────────────────────────────────────────────────────────────────────────────
 
@@ -455,36 +451,16 @@ def measure(args, names: list[str]) -> dict:
 # ─── Training ────────────────────────────────────────────────────────────────────────────────────
 
 
-def steps_in_equal_time(steps: int, row: dict, default: dict, key: str) -> int:
-    """How many steps of a variant take as long as these of the default; as many if that is near."""
-    ratio = default["step_ms"][key] / row["step_ms"][key]
-    return steps if abs(ratio - 1) < EQUAL else max(1, round(ratio * steps))
-
-
-def plan(args, names: list[str], timed: dict) -> list[dict]:
-    """All runs, the most important first: urgent variants, equal steps, then equal time; others."""
+def plan(args, names: list[str]) -> list[dict]:
+    """All runs, urgent variants first."""
     runs = []
     for urgent in (True, False):
         chosen = [n for n in names if VARIANTS[n].trained and VARIANTS[n].urgent == urgent]
-        for budget in ("steps", "time"):
-            for name in chosen:
-                for seed in range(args.seeds):
-                    for key in args.sets:
-                        row, default = timed[name], timed["default"]
-                        equal = steps_in_equal_time(args.steps, row, default, key)
-                        if budget == "time" and equal == args.steps:
-                            continue
-                        runs.append({
-                            "set": key, "variant": name, "seed": seed, "budget": budget,
-                            "base": args.steps, "batch_atoms": args.batch_atoms,
-                            "steps": equal if budget == "time" else args.steps})
+        for name, seed, key in product(chosen, range(args.seeds), args.sets):
+            runs.append({
+                "set": key, "variant": name, "seed": seed, "batch_atoms": args.batch_atoms,
+                "steps": args.steps})
     return runs
-
-
-def same(a: dict, b: dict) -> bool:
-    """Are two runs one? The steps in equal time may have been measured anew; that run stays."""
-    keys = ("set", "variant", "seed", "budget", "base", "batch_atoms")
-    return all(a[key] == b[key] for key in keys)
 
 
 def train(folder: Path, run: dict) -> dict:
@@ -512,7 +488,7 @@ def train(folder: Path, run: dict) -> dict:
 def train_all(args, runs: list[dict], content: dict) -> None:
     """The runs that are not there yet, several at a time; saved after each."""
     found = rows(content["runs"])
-    left = [run for run in runs if not any(same(run, other) for other in found)]
+    left = [run for run in runs if not any(run.items() <= other.items() for other in found)]
     timed = {row["variant"]: row for row in rows(content["timings"]["variants"])}
     minutes = 0.0
     for run in left:
@@ -527,43 +503,16 @@ def train_all(args, runs: list[dict], content: dict) -> None:
             content["runs"] = columns(found)
             write_results("ablations", content)
             print(
-                f"{done:4d}/{len(left)} {run['set']:8s} {run['variant']:20s} seed {run['seed']}, "
-                f"equal {run['budget']}: {run['steps']} steps, {run[ENERGY]:.2f} meV/atom, "
+                f"{done:4d}/{len(left)} {run['set']:8s} {run['variant']:20s} seed {run['seed']}: "
+                f"{run[ENERGY]:.2f} meV/atom, "
                 f"{run[FORCE]:.4f} eV/Å", flush=True)
 
 
-# ─── Report ──────────────────────────────────────────────────────────────────────────────────────
-
-
-def show(content: dict, names: list[str]) -> None:
-    """Each variant over the default: time, memory; force MAE after equal steps and equal time."""
-    timed = {row["variant"]: row for row in rows(content["timings"]["variants"])}
-    default = timed["default"]
-    by_steps = ablation_errors(content, "steps")
-    by_time = ablation_errors(content, "time")
-    for key, errors in by_steps.items():
-        print(f"\n{key}: evaluation, step, memory over the default's; force MAE (meV/Å) after "
-              f"{content['steps']} steps | as much time")
-        for name in names:
-            row = timed[name]
-            cells = [row["evaluation_ms"] / default["evaluation_ms"]]
-            cells += [row[column][key] / default[column][key] for column in ("step_ms", "step_MB")]
-            words = []
-            equal = steps_in_equal_time(content["steps"], row, default, key) == content["steps"]
-            later = errors if equal else by_time.get(key, {})  # one training serves for both
-            for found in (errors, later):
-                word = "–"
-                if name in found:
-                    mean, spread, seeds, steps = found[name]
-                    word = f"{mean:.1f} ± {spread:.1f} ({steps} steps, {seeds} seeds)"
-                words.append(f"{word:30s}")
-            ratios = " ".join(f"{cell:5.2f}" for cell in cells)
-            print(f"    {name:22s} {ratios}   {' | '.join(words)}")
+# ─── Command line ────────────────────────────────────────────────────────────────────────────────
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--sets", nargs="+", default=["Si", "crystals"], choices=SETS)
     parser.add_argument("--only", nargs="+", choices=["radial", "update", "density", "size"],
@@ -593,10 +542,13 @@ def main() -> None:
             parser.error("measure first: the same command, with all sets, and --timings")
     if not (args.timings or args.draw):
         content["steps"] = args.steps
-        train_all(args, plan(args, names, timed), content)
+        train_all(args, plan(args, names), content)
     if content["runs"]:
-        show(content, names)
-        draw_results("ablations")
+        errors = ablation_errors(content)
+        for name in errors:
+            print("\n".join(ablations(name)) + "\n")
+        if any(len(variants) > 1 for variants in errors.values()):
+            draw_results("ablations")
 
 
 if __name__ == "__main__":

@@ -36,8 +36,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -50,11 +48,13 @@ from common import (
     ROOT,
     SETS,
     columns,
+    command_line,
     data_files,
     hardware,
     read_results,
     read_set,
     rows,
+    run_program,
     versions,
     write_results,
 )
@@ -83,19 +83,13 @@ def training(data: Path, name: str, options: list[str]) -> dict:
     command = [sys.executable, ROOT / "train_small.py", "--name", name, "--valid", "0", "--test",
                "0", "--train", *files, *options]
     with tempfile.TemporaryDirectory() as folder:
-        with open(Path(folder) / "log", "w") as log:
-            process = subprocess.Popen(
-                [str(word) for word in command], cwd=folder, stdout=log, stderr=log)
-            _, status, usage = os.wait4(process.pid, 0)
-        if status:
-            last = (Path(folder) / "log").read_text().strip().splitlines()[-1:]
-            sys.exit(f"{name}, {' '.join(options)}: the training failed: {' '.join(last)}")
+        _, cpu_seconds, _ = run_program(command, folder)
         run = Path(folder) / "runs" / name
         trained = json.loads((run / "result.json").read_text())
         model = facet.load(run / "model.pt")
 
     result = {key: trained[key] for key in ("parameters", "steps", "train_seconds", "padding")}
-    result["cpu_seconds"] = usage.ru_utime + usage.ru_stime
+    result["cpu_seconds"] = cpu_seconds
     result["tests"] = {}
     for label, frames in read_set(data, name)[1].items():
         found = report.errors(report.predict(model, frames), frames)
@@ -323,9 +317,7 @@ def mace(args: argparse.Namespace, more: list[str]) -> None:
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False)
+    parser = command_line(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     one = commands.add_parser("defaults", allow_abbrev=False,

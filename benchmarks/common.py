@@ -1,11 +1,14 @@
 """What the benchmark scripts share: where things are, crystals, clocks, hardware, results files."""
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import shlex
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -34,6 +37,13 @@ SETS = {
     "crystals": (["crystals/crystals_train.json.gz"],
                  {"crystals": "crystals/crystals_test.json.gz"}),
 }
+
+
+def command_line(description: str) -> argparse.ArgumentParser:
+    """A parser whose help is a script's docstring, as it stands."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False)
 
 
 # ─── Data and crystals ───────────────────────────────────────────────────────────────────────────
@@ -167,6 +177,41 @@ def versions(*packages: str) -> dict[str, str]:
         except PackageNotFoundError:
             pass
     return found
+
+
+def environment() -> dict[str, str]:
+    """The settings of memory and threads that the shell gave."""
+    settings = ("MALLOC_", "OMP_", "GOMP_", "MKL_")
+    return {name: value for name, value in os.environ.items() if name.startswith(settings)}
+
+
+def peak_GB(usage=None) -> float:
+    """What this process has held at most, Python and PyTorch included; or one whose usage is given.
+    """
+    import resource  # not on Windows
+
+    usage = usage or resource.getrusage(resource.RUSAGE_SELF)
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return usage.ru_maxrss * unit / 1e9
+
+
+def run_program(command: list, folder: Path | str, **settings: str) -> tuple[str, float, float]:
+    """What a program says, its CPU-seconds, and the GB that its largest process held at most.
+
+    settings: added to its environment. SystemExit with its last words if it fails. For Linux and
+    macOS.
+    """
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            [str(word) for word in command], cwd=folder, stdout=log, stderr=log,
+            env=os.environ | settings)
+        _, status, usage = os.wait4(process.pid, 0)
+        log.seek(0)
+        said = log.read()
+    if status:
+        words = " ".join(str(word) for word in command)
+        sys.exit(f"{words} failed: {' '.join(said.strip().splitlines()[-1:])}")
+    return said, usage.ru_utime + usage.ru_stime, peak_GB(usage)
 
 
 # ─── Results ─────────────────────────────────────────────────────────────────────────────────────

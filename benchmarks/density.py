@@ -7,13 +7,11 @@
 
 Prints, at one thread and at two:
 
-    1  the density (facet.py §5) against the edge-wise form of the same layer: their difference,
-       milliseconds and ratio of an evaluation (energy and forces) and of a training step, for the
-       layer alone and for the whole model;
-    2  the share of the machine's matrix-product peak that the layer reaches;
-    3  milliseconds of the whole model from 8 to 10,648 silicon atoms (energy, forces, stress;
-       neighbours given), the exponent of the number of atoms, the memory that 4,096 atoms need;
-    4  the share of the neighbour list in an evaluation through the ASE calculator.
+    1  the density (facet.py §5) of one layer against the edge-wise form of the same layer: their
+       difference, milliseconds and ratio of an evaluation (energy and forces) and of a training
+       step;
+    2  milliseconds of the whole model from 8 to 10,648 silicon atoms (energy, forces, stress;
+       neighbours given), and the exponent of the number of atoms.
 
 What is compared is timed in turn, in one process; numbers are medians. Other programs spoil them,
 at two threads most of all: the load is printed and kept. For Linux and macOS. Where fresh memory is
@@ -23,7 +21,6 @@ memory: compare both. Writes benchmarks/results/density.json.
 """
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -33,9 +30,17 @@ from math import log
 from pathlib import Path
 
 import ase.build
-import numpy as np
 import torch
-from common import clock, each_layer, hardware, in_turn, rattled, silicon, write_results
+from common import (
+    command_line,
+    environment,
+    hardware,
+    in_turn,
+    peak_GB,
+    rattled,
+    silicon,
+    write_results,
+)
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -143,34 +148,11 @@ def layer_jobs(kind: type, batch: facet.Batch, config: facet.Config) -> dict[str
     return dict(zip(JOBS, (evaluate, train), strict=True))
 
 
-def model_jobs(kind: type, batch: facet.Batch, config: facet.Config) -> dict[str, Callable]:
-    """Evaluation and training step (without the optimizer) of the whole model."""
-    torch.manual_seed(0)
-    trained = facet.Facet(config)
-    evaluated = facet.Facet(config).requires_grad_(False)
-    evaluated.load_state_dict(trained.state_dict())
-    for model in (trained, evaluated):
-        each_layer(model, "density", lambda l_in, l_out: kind(l_in, l_out, config).float())
-
-    def evaluate() -> list[Tensor]:
-        out = evaluated(batch)
-        return [out["energies"], out["forces"]]
-
-    def train() -> list[Tensor]:
-        out = trained(batch, differentiable=True)
-        loss = (out["energy"] / len(batch.species)).square().mean().float()
-        loss = loss + out["forces"].square().mean()
-        return list(torch.autograd.grad(loss, list(trained.parameters())))
-
-    return dict(zip(JOBS, (evaluate, train), strict=True))
-
-
-def compare(title: str, make: Callable, batch: facet.Batch, config: facet.Config,
-            seconds: float) -> dict:
+def compare(batch: facet.Batch, config: facet.Config, seconds: float) -> dict:
     """Milliseconds and ratios of the two forms, and the largest relative difference of results."""
     forms = {
-        "density": make(facet.Density, batch, config),
-        "edge-wise": make(EdgeWiseDensity, batch, config)}
+        "density": layer_jobs(facet.Density, batch, config),
+        "edge-wise": layer_jobs(EdgeWiseDensity, batch, config)}
     difference = 0.0
     for name in JOBS:
         pairs = zip(forms["density"][name](), forms["edge-wise"][name](), strict=True)
@@ -184,41 +166,12 @@ def compare(title: str, make: Callable, batch: facet.Batch, config: facet.Config
         ours, theirs = ms[name, "density"], ms[name, "edge-wise"]
         result[name] = {"density_ms": ours, "edge_wise_ms": theirs, "ratio": theirs / ours}
         print(
-            f"    {title:20s} {name:14s} density {ours:7.1f} ms   edge-wise {theirs:7.1f} ms   "
+            f"    {name:14s} density {ours:7.1f} ms   edge-wise {theirs:7.1f} ms   "
             f"ratio {theirs / ours:5.2f}   difference {difference:.0e}")
     return result
 
 
-# ─── 2 Share of the peak ─────────────────────────────────────────────────────────────────────────
-
-
-def share_of_peak(layer: dict, batch: facet.Batch, config: facet.Config) -> dict:
-    """Matrix products of the layer over its whole time, GFLOP/s, and the best of a large one."""
-    N, K = batch.src.shape
-    M, C = (config.degree + 1) ** 2, config.channels
-    x = torch.randn(2048, 2048)
-    peak = 2 * 2048**3 / min(clock(lambda: x @ x) for _ in range(12)) / 1e6
-
-    # A sum over neighbours is N·B products [M, K] × [K, M·C/B]; its derivatives are as large. The
-    # coupling is G [rows, M·M] × D [M·M, N·C], zeros of G included.
-    rows = len(facet.Density(config.degree, config.degree, config).G)
-    neighbour = 2 * N * K * M * M * C
-    coupling = 2 * N * rows * M * M * C
-
-    # NeighbourSum: one sum, G. NeighbourGrad: Gᵀ, two sums. Training takes both, then
-    # NeighbourGrad.backward (Gᵀ, five sums, G), then NeighbourGrad for what began the energy.
-    counts = (3 * neighbour + 2 * coupling, 10 * neighbour + 5 * coupling)
-    result = {"peak_gflops": peak}
-    for name, operations in zip(JOBS, counts, strict=True):
-        rate = operations / layer[name]["density_ms"] / 1e6
-        result[name] = {"mflop": operations / 1e6, "gflops": rate, "share": rate / peak}
-        print(
-            f"    layer, C = {C}, {name}: {operations / 1e6:.0f} Mflop in matrix products, "
-            f"{rate:.1f} GFLOP/s, {100 * rate / peak:.1f} % of {peak:.0f}")
-    return result
-
-
-# ─── 3 Many atoms ────────────────────────────────────────────────────────────────────────────────
+# ─── 2 Many atoms ────────────────────────────────────────────────────────────────────────────────
 
 
 def scaling(sizes: list[int], seconds: float) -> dict:
@@ -238,59 +191,7 @@ def scaling(sizes: list[int], seconds: float) -> dict:
     first = 512 if last > 512 else 64
     exponent = log(ms[last] / ms[first]) / log(last / first)
     print(f"    time ~ atoms^{exponent:.3f} from {first} to {last} atoms")
-    return {"ms": ms, "exponent": exponent, "from": first, "to": last}
-
-
-def evaluate_and_tell(n: int) -> None:
-    """Print the GB that this process has held at most after 8 n³ atoms through the calculator."""
-    import resource
-
-    atoms = silicon(n)
-    atoms.calc = facet.FacetCalculator(facet.Facet(facet.Config(("Si",))), "cpu")
-    atoms.get_forces()
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9)
-
-
-def peak_memory(n: int) -> float:
-    """GB that a fresh process holds at most for 8 n³ atoms; Python and PyTorch included."""
-    command = [sys.executable, "-c", f"import density; density.evaluate_and_tell({n})"]
-    gigabytes = float(subprocess.check_output(command, cwd=Path(__file__).parent))
-    print(f"memory: {gigabytes:.2f} GB at most for {8 * n**3} silicon atoms through the calculator")
-    return gigabytes
-
-
-# ─── 4 The neighbour list ────────────────────────────────────────────────────────────────────────
-
-
-def neighbour_share(sizes: list[int], seconds: float) -> dict:
-    """Share of find_neighbours, and of make_batch, in an evaluation; positions always new."""
-    config = facet.Config(("Si",))
-    calculator = facet.FacetCalculator(facet.Facet(config), "cpu")
-    rng = np.random.default_rng(1)
-    latest = []
-    result = {}
-    for atoms in [silicon(n) for n in sizes]:
-        def calculate(atoms=atoms):
-            atoms.positions += rng.normal(0, 0.01, atoms.positions.shape)
-            calculator.calculate(atoms)
-
-        def find(atoms=atoms):
-            latest[:] = [facet.find_neighbours(atoms, config)]
-
-        def pad():
-            facet.make_batch(latest, config.cutoff)
-
-        ms = in_turn({"calculate": calculate, "find": find, "pad": pad}, seconds)
-        total, search, padding = ms.values()
-        result[len(atoms)] = {
-            "calculate_ms": total, "find_neighbours_ms": search, "make_batch_ms": padding,
-            "share": search / total, "make_batch_share": padding / total}
-        print(
-            f"    {len(atoms):6d} atoms   calculate {total:8.2f} ms   find_neighbours "
-            f"{search:6.2f} ms, {100 * search / total:4.1f} %   make_batch {padding:5.2f} ms, "
-            f"{100 * padding / total:4.1f} %")
-    return result
+    return {"ms": ms}
 
 
 # ─── What NeighbourSum saves ─────────────────────────────────────────────────────────────────────
@@ -334,14 +235,11 @@ def silicon_jobs(n: int, which: str) -> dict[str, Callable]:
 
 def growth_in_steps(n: int, which: str) -> None:
     """Print the MB by which three training steps make this process larger."""
-    import resource
-
     step = silicon_jobs(n, which)["training step"]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_GB()
     for _ in range(3):
         step()
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit / 1e6)
+    print(1000 * (peak_GB() - before))
 
 
 def what_sums_save() -> None:
@@ -367,59 +265,38 @@ def what_sums_save() -> None:
 # ─── All of it ───────────────────────────────────────────────────────────────────────────────────
 
 
-def measure(quick: bool, batch: facet.Batch, mean: float) -> dict:
-    """Everything but the memory, at the present number of threads."""
-    n, seconds = ([1, 2, 4], 0.4) if quick else ([1, 2, 4, 8, 11], 8)
-    narrow = facet.Config(("Cu",), channels=32, mean_neighbours=mean)
-    wide = facet.Config(("Cu",), channels=64, mean_neighbours=mean)
-    result = {}
-    print("  1 density against edge-wise: L = 2, 8 groups, 64 atoms")
-    result["layer"] = compare("layer, C = 64", layer_jobs, batch, wide, seconds)
-    for config in (narrow, wide):
-        name = f"model, C = {config.channels}"
-        result[name] = compare(name, model_jobs, batch, config, seconds)
-    print("  2 share of the matrix-product peak")
-    result["peak"] = share_of_peak(result["layer"], batch, wide)
-    print("  3 the whole default model, silicon")
-    result["scaling"] = scaling(n, seconds)
-    print("  4 the neighbour list in an evaluation through the calculator")
-    result["neighbours"] = neighbour_share(n[:4], seconds / 4)
-    return result
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--quick", action="store_true", help="a smoke run that writes nothing")
     parser.add_argument("--sums", action="store_true", help="what facet.py's sums save; no more")
-    options = parser.parse_args()
-    if options.sums:
+    args = parser.parse_args()
+    if args.sums:
         what_sums_save()
         return
-    quick = options.quick
+    sizes, seconds = ([1, 2, 4], 0.4) if args.quick else ([1, 2, 4, 8, 11], 8)
     start = time.perf_counter()
     load = os.getloadavg()[0]
-    settings = ("MALLOC_", "OMP_", "MKL_")
     batch, mean = copper()
     results = {
-        "load": load, "dtype": "float32", "mean_neighbours": mean,
-        "padded_neighbours": batch.src.shape[1],
-        "environment": {k: v for k, v in os.environ.items() if k.startswith(settings)}}
+        "load": load, "dtype": "float32", "mean_neighbours": mean, "environment": environment(),
+        "threads": {}}
     print(
         f"{hardware()}, load {load:.1f}, torch {torch.__version__}, float32\n"
         f"copper: {len(batch.src)} atoms, {mean:.1f} neighbours on average, padded to "
         f"{batch.src.shape[1]}")
 
-    # memory first: on Linux a child's ru_maxrss begins at its parent's
-    results["memory_GB"] = peak_memory(4 if quick else 8)
-    results["threads"] = {}
     for threads in (1, 2):
         torch.set_num_threads(threads)
         print(f"{threads} thread{'s' * (threads > 1)}")
-        results["threads"][threads] = measure(quick, batch, mean)
+        config = facet.Config(("Cu",), channels=64, mean_neighbours=mean)
+        print("  1 density against edge-wise: one layer, C = 64, L = 2, 8 groups, 64 atoms")
+        layer = compare(batch, config, seconds)
+        print("  2 the whole default model, silicon")
+        results["threads"][threads] = {"layer": layer, "scaling": scaling(sizes, seconds)}
+
     results["seconds"] = time.perf_counter() - start
     print(f"{results['seconds']:.0f} s")
-    if not quick:
+    if not args.quick:
         write_results("density", results)
 
 

@@ -9,10 +9,7 @@ Writes benchmarks/results/dynamics.json.
 """
 from __future__ import annotations
 
-import argparse
-import os
 import re
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -20,7 +17,17 @@ from pathlib import Path
 import ase.build
 import torch
 from ase.io.lammpsdata import write_lammps_data
-from common import ROOT, columns, hardware, read_results, rows, versions, write_results
+from common import (
+    ROOT,
+    columns,
+    command_line,
+    hardware,
+    read_results,
+    rows,
+    run_program,
+    versions,
+    write_results,
+)
 from summary import dynamics
 
 import facet
@@ -50,23 +57,15 @@ def measure(n: int, processes: int) -> dict:
         command = [Path(sys.executable).parent / "mpiexec", "-n", str(processes), sys.executable,
                    "-m", "tools.lammps", f"{folder}/model.pt", f"{folder}/in"]
         libraries = Path(sys.executable).parent.parent / "lib"
-        with open(Path(folder) / "log", "w+") as log:
-            process = subprocess.Popen(
-                [str(word) for word in command], cwd=ROOT, stdout=log, stderr=log,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "LD_LIBRARY_PATH": str(libraries)})
-            _, status, usage = os.wait4(process.pid, 0)
-            log.seek(0)
-            said = log.read()
-    if status:
-        sys.exit(f"{len(atoms)} atoms, {processes} processes: LAMMPS failed: {said[-500:]}")
+        said, _, GB = run_program(
+            command, ROOT, OMP_NUM_THREADS="1", LD_LIBRARY_PATH=str(libraries))
     seconds = float(re.findall(r"Loop time of (\S+) on", said)[-1])
     return {"atoms": len(atoms), "processes": processes, "steps": steps, "seconds": seconds,
-            "GB": usage.ru_maxrss / 1024 ** 2}
+            "GB": GB}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[5, 11, 20, 23],
                         help="cubic cells along each side: 1,000, 10,648, 64,000, 97,336 atoms")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import sys
 import time
 import warnings
@@ -31,7 +30,7 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.data import atomic_numbers, chemical_symbols
-from common import silicon, versions
+from common import command_line, peak_GB, silicon, versions
 
 CUTOFF = 5.0  # Å
 SPECIES = {4: ["Na", "Si", "Cl", "Mo"], 89: chemical_symbols[1:90]}  # SevenNet-0 has 89
@@ -342,8 +341,7 @@ def peak(device: str) -> float:
     """GB that this process (on a GPU: PyTorch there) has held at most."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return peak_GB()
 
 
 class Worker:
@@ -388,9 +386,7 @@ def attempt(function: Callable, *args):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument(
         "model", help='"Facet", "MACE 128x0e", "SevenNet-0", "NequIP", "NequIP compiled", …'
     )

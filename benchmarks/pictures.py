@@ -8,16 +8,15 @@ ink and colours of middling brightness: they can be read on light and on dark pa
 """
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import matplotlib
 import numpy as np
-from common import FIGURES, RESULTS, atoms_in, read_results
+from common import FIGURES, RESULTS, atoms_in, command_line, read_results
 from cycler import cycler
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
-from summary import ERRORS, ablation_errors
+from summary import ERRORS, WAYS, ablation_errors
 
 WIDTH = 9.0  # inches: a page shows a picture about as wide as this at 100 dots per inch
 BLUE, ORANGE, GREEN, RED = "#3b8eea", "#e0752d", "#2ea06b", "#e0524d"
@@ -48,7 +47,7 @@ def plain_numbers(axis) -> None:
 # ─── The pictures ────────────────────────────────────────────────────────────────────────────────
 
 
-def speed(figure: Figure, results: dict) -> None:
+def paint_speed(figure: Figure, results: dict) -> None:
     """ms of the bare model against atoms, a panel per number of threads; the training step."""
     runs = results["runs"]
     most = max(run["species"] for run in runs.values())
@@ -81,7 +80,7 @@ def speed(figure: Figure, results: dict) -> None:
     last.invert_yaxis()
 
 
-def accuracy(figure: Figure, results: dict) -> None:
+def paint_accuracy(figure: Figure, results: dict) -> None:
     """Errors against CPU-seconds, a column per set."""
     sets = results["against_time"]
     axes = figure.subplots(2, len(sets), squeeze=False, sharex="col")
@@ -104,25 +103,25 @@ def accuracy(figure: Figure, results: dict) -> None:
         column[1].set_xlabel("CPU-seconds of training")
 
 
-def relax(figure: Figure, results: dict) -> None:
+def paint_relaxation(figure: Figure, results: dict) -> None:
     """Seconds per crystal and milliseconds per step, against the number of atoms."""
     left, right = figure.subplots(1, 2)
     table = results["relaxations"]
     atoms = np.array(table["atoms"])
-    for name, label, colour in (("mace", "MACE, ASE", ORANGE), ("facet", "Facet, ASE", BLUE)):
+    for name, colour in (("mace", ORANGE), ("facet", BLUE)):
         if name not in table:
             continue
         seconds = np.array(table[name]["seconds"])
         done = np.array(table[name]["converged"])
         step = 1000 * seconds / np.array(table[name]["evaluations"])  # ms
         for axis, y in ((left, seconds), (right, step)):
-            axis.plot(atoms[done], y[done], "o", markersize=5, color=colour, label=label)
+            axis.plot(atoms[done], y[done], "o", markersize=5, color=colour, label=WAYS[name])
             axis.plot(atoms[~done], y[~done], "o", markersize=5, color=colour, fillstyle="none")
 
     groups = results["groups"]
     for axis, key in ((left, "seconds_per_crystal"), (right, "ms_per_evaluation")):
         axis.plot(groups["mean_atoms"], groups[key], "s-", markersize=6, color=GREEN,
-                  label="Facet, tools.relax")
+                  label=WAYS["batched"])
         axis.set(xscale="log", yscale="log", xlabel="atoms")
         axis.set_xticks([2, 5, 10, 20, 50, 100], ["2", "5", "10", "20", "50", "100"])
         axis.tick_params(axis="x", which="minor", labelbottom=False)
@@ -132,7 +131,7 @@ def relax(figure: Figure, results: dict) -> None:
     right.legend()
 
 
-def ablations(figure: Figure, results: dict) -> None:
+def paint_ablations(figure: Figure, results: dict) -> None:
     """Force MAE against the time of a training step: a column per set, a row per group."""
     titles = {
         "radial": ("radial functions", ORANGE), "update": ("node update", PURPLE),
@@ -142,7 +141,7 @@ def ablations(figure: Figure, results: dict) -> None:
     panels = {}  # set: {variant: (ms, error, spread)}
     for name, errors in ablation_errors(results).items():
         ms = dict(zip(variants["variant"], variants["step_ms"][name], strict=True))
-        panels[name] = {v: (ms[v], *errors[v][:2]) for v in errors if np.isfinite(errors[v][0])}
+        panels[name] = {v: (ms[v], *errors[v]) for v in errors if np.isfinite(errors[v][0])}
     panels = {name: points for name, points in panels.items() if len(points) > 1}
     groups = [g for g in titles if any(group_of[v] == g for one in panels.values() for v in one)]
 
@@ -169,7 +168,7 @@ def ablations(figure: Figure, results: dict) -> None:
     figure.suptitle(f"test error after {results['steps']} steps against time of a step")
 
 
-def sevennet_trim(figure: Figure, results: dict) -> None:
+def paint_sevennet_trim(figure: Figure, results: dict) -> None:
     """Energy and force errors against parameters, of what changes something."""
     rows = results["rows"]
     whole = rows["parameters"][rows["variant"].index("SevenNet-0")] / 1000
@@ -177,10 +176,10 @@ def sevennet_trim(figure: Figure, results: dict) -> None:
         i for i, name in enumerate(rows["variant"])
         if name not in ("SevenNet-0", "exact folds only")]
     axes = figure.subplots(1, 2, sharex=True)
-    for axis, key, text in zip(
-            axes, ("energy", "force"), ("energy MAE, meV/atom", "force MAE, meV/Å"), strict=True):
+    errors = {"energy_meV_per_atom": "energy MAE, meV/atom", "force_meV_per_A": "force MAE, meV/Å"}
+    for axis, (key, text) in zip(axes, errors.items(), strict=True):
         for number, i in enumerate(chosen, 1):
-            name, point = rows["variant"][i], (rows["parameters"][i] / 1000, rows[key]["mae"][i])
+            name, point = rows["variant"][i], (rows["parameters"][i] / 1000, rows[key][i])
             tuned = "tuned" in name
             marker = "*" if tuned else "s" if "Bessel" in name else "o"
             colour = BLUE if "fold" in name else ORANGE
@@ -200,7 +199,7 @@ def sevennet_trim(figure: Figure, results: dict) -> None:
     figure.legend(lines, words, loc="outside lower center", ncols=3, frameon=False)
 
 
-def short_range(figure: Figure, results: dict) -> None:
+def paint_short_range(figure: Figure, results: dict) -> None:
     """Dimers, temperature and shortest distance of every model."""
     models = results["models"]
     rows = figure.subplots(len(models), 3, squeeze=False)
@@ -210,8 +209,8 @@ def short_range(figure: Figure, results: dict) -> None:
         for colour, energy in zip(colours, curves.values(), strict=True):
             row[0].plot(one["curves"]["distance_A"], energy, linewidth=0.8, color=colour)
         pairs, hot = one["scan"]["pairs"], one["hot"]
-        title = f"{name}: dimers, {pairs} pair{'s' * (pairs > 1)}"
-        row[0].set(title=title, ylabel="energy (eV)", ylim=(-5, 50), xlim=(0, 4))
+        title = f"{name}: dimers, {len(curves)} of {pairs}"
+        row[0].set(title=title, ylabel="energy (eV)", ylim=(-5, 50), xlim=(0, 3))
         row[1].plot(hot["time_ps"], hot["temperature_K"], linewidth=0.8, color=ORANGE)
         title = f"{hot['structure']} at {hot['kelvin']:.0f} K"
         row[1].set(title=title, ylabel="temperature (K)", ylim=(0, None))
@@ -221,7 +220,7 @@ def short_range(figure: Figure, results: dict) -> None:
         axis.set_xlabel(text)
 
 
-def equivariance(figure: Figure, results: dict) -> None:
+def paint_equivariance(figure: Figure, results: dict) -> None:
     """Error by grid and by size of the input, cost, error in training, energy, momentum."""
     colours = dict(zip(results["models"], (BLUE, ORANGE, RED), strict=True))
     error, amplitude, cost, during, energy, momentum = figure.subplots(2, 3).flat
@@ -269,32 +268,32 @@ def equivariance(figure: Figure, results: dict) -> None:
 
 # ─── Files ───────────────────────────────────────────────────────────────────────────────────────
 
-PICTURES = {  # inches high
-    speed: 4.3, accuracy: 5.6, relax: 4.0, ablations: 5.6, sevennet_trim: 5.2, short_range: 6.6,
-    equivariance: 6.0}
+PICTURES = {  # of each results file, and how many inches high
+    "speed": (paint_speed, 4.3), "accuracy": (paint_accuracy, 5.6),
+    "relax": (paint_relaxation, 4.0), "ablations": (paint_ablations, 5.6),
+    "sevennet_trim": (paint_sevennet_trim, 5.2), "short_range": (paint_short_range, 6.6),
+    "equivariance": (paint_equivariance, 6.0)}
 
 
 def known() -> list[str]:
     """Results that have a picture; a name may end in _cuda."""
-    names = {paint.__name__ for paint in PICTURES}
     paths = sorted(RESULTS.glob("*.json"))
-    return [path.stem for path in paths if path.stem.removesuffix("_cuda") in names]
+    return [path.stem for path in paths if path.stem.removesuffix("_cuda") in PICTURES]
 
 
 def draw_results(name: str, folder: Path = FIGURES, results: dict | None = None) -> None:
     """figures/NAME.png from results/NAME.json, or from results."""
-    paint, = (p for p in PICTURES if p.__name__ == name.removesuffix("_cuda"))
+    paint, height = PICTURES[name.removesuffix("_cuda")]
     folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
-        figure = Figure((WIDTH, PICTURES[paint]), layout="constrained")
+        figure = Figure((WIDTH, height), layout="constrained")
         paint(figure, results or read_results(name))
         figure.savefig(folder / f"{name}.png")
     print(folder / f"{name}.png")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(known()))
     names = parser.parse_args().names
     wrong = sorted(set(names) - set(known()))

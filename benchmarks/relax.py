@@ -23,11 +23,9 @@ it counts as not converged. All 60 take a quarter of an hour on one quiet core.
 
 The two models differ, and so do their paths and steps: the ratio per step is the fair one, with the
 evaluations and the time that each model itself takes beside it, for much of the rest is
-FrechetCellFilter's. Final energies, volumes and lattices are compared where both converged; volumes
-also with the labels (SevenNet-0), for the materials whose frame of lowest energy is all but
-relaxed. The energies of the two differ as their errors do. Other programs spoil the times: look at
-the CPU seconds beside them. Writes benchmarks/results/relax.json and its picture (relax_cuda for a
-GPU).
+FrechetCellFilter's. Final volumes are compared with the labels (SevenNet-0), for the materials
+whose frame of lowest energy is all but relaxed. Other programs spoil the times: look at the CPU
+seconds beside them. Writes benchmarks/results/relax.json and its picture (relax_cuda for a GPU).
 """
 from __future__ import annotations
 
@@ -44,8 +42,9 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator
 from ase.filters import FrechetCellFilter
 from ase.optimize import FIRE
-from common import columns, read_set, versions, write_results
+from common import columns, command_line, read_set, versions, write_results
 from pictures import draw_results
+from summary import relaxation
 
 import facet
 from tools.relax import relax
@@ -57,7 +56,6 @@ STRAIN = 0.03  # largest component
 RATTLE = 0.05  # Å
 NEARLY_RELAXED = 0.5 / 160.21766, 0.05  # eV/Å³ and eV/Å: largest stress and force of the labels
 GROUPS = 2, 4, 8, 16, 32, 64, LARGEST + 1  # atoms at which the groups of the picture begin
-LABELS = {"facet": "Facet, ASE", "mace": "MACE, ASE", "batched": "Facet, tools.relax"}
 
 
 # ─── The crystals ────────────────────────────────────────────────────────────────────────────────
@@ -133,14 +131,6 @@ def watch(calculator: Calculator) -> Calculator:
     return calculator
 
 
-def described(atoms: Atoms, energy: float) -> dict:
-    """What is compared."""
-    return {
-        "energy_eV_per_atom": energy / len(atoms),
-        "volume_A3_per_atom": atoms.get_volume() / len(atoms),
-        "lattice": atoms.cell.cellpar().tolist()}
-
-
 def with_ase(start: Atoms, calculator: Calculator, steps: int) -> dict:
     """One relaxation by ASE."""
     calculator.reset()
@@ -164,10 +154,9 @@ def with_ase(start: Atoms, calculator: Calculator, steps: int) -> dict:
             return False, f"{type(error).__name__}: {error}".splitlines()[0]
 
     (converged, error), seconds = timed(run)
-    energy = float(calculator.results.get("energy", np.nan))
     return {
         "steps": optimizer.nsteps, "converged": converged, "error": error, **seconds,
-        **calculator.spent, **described(atoms, energy)}
+        **calculator.spent, "volume_A3_per_atom": atoms.get_volume() / len(atoms)}
 
 
 def batched(model: facet.Facet, crystals: list[Atoms], steps: int, batch_atoms: int) -> tuple:
@@ -175,9 +164,8 @@ def batched(model: facet.Facet, crystals: list[Atoms], steps: int, batch_atoms: 
     relaxed, seconds = timed(lambda: relax(model, crystals, FMAX, steps, batch_atoms=batch_atoms))
     rows = []
     for atoms in relaxed:
-        energy = atoms.get_potential_energy() if atoms.calc else np.nan
         done = {"steps": atoms.info["steps"], "converged": atoms.info["converged"]}
-        rows.append({**done, **described(atoms, energy)})
+        rows.append({**done, "volume_A3_per_atom": atoms.get_volume() / len(atoms)})
     return rows, seconds
 
 
@@ -197,75 +185,11 @@ def in_groups(model: facet.Facet, crystals: list[Atoms], steps: int, batch_atoms
     return columns(groups)
 
 
-# ─── Comparing ───────────────────────────────────────────────────────────────────────────────────
-
-
-def difference(rows: list[dict], one: str, other: str) -> dict:
-    """Final energies, volumes and lattices of the crystals that both relaxed."""
-    units = {
-        "energy_meV_per_atom": [], "volume_percent": [], "lattice_length_percent": [],
-        "lattice_angle_degrees": []}
-    same = 0
-    for row in rows:
-        a, b = row[one], row[other]
-        if not (a["converged"] and b["converged"]):
-            continue
-        same += a["steps"] == b["steps"]
-        energy = 1000 * abs(a["energy_eV_per_atom"] - b["energy_eV_per_atom"])
-        volume = 100 * abs(a["volume_A3_per_atom"] / b["volume_A3_per_atom"] - 1)
-        left, right = np.array(a["lattice"]), np.array(b["lattice"])
-        length = 100 * np.abs(left[:3] / right[:3] - 1).max()
-        angle = np.abs(left[3:] - right[3:]).max()
-        for values, value in zip(units.values(), (energy, volume, length, angle), strict=True):
-            values.append(value)
-
-    result = {"crystals": len(units["volume_percent"]), "same_number_of_steps": same}
-    for name, values in units.items():
-        if values:
-            result[name] = {"median": np.median(values), "largest": np.max(values)}
-    return result
-
-
-def against_labels(rows: list[dict], name: str) -> dict:
-    """Relaxed volumes against the materials' nearly relaxed frames."""
-    errors = []
-    for row in rows:
-        if row["label_volume"] and row[name]["converged"]:
-            errors.append(100 * (row[name]["volume_A3_per_atom"] / row["label_volume"] - 1))
-    result = {"crystals": len(errors)}
-    if errors:
-        result["median_percent"] = np.median(errors)
-        result["median_absolute_percent"] = np.median(np.abs(errors))
-    return result
-
-
-def show(results: dict, rows: list[dict], names: list[str]) -> None:
-    print("\n                      seconds  CPU s   steps  converged   ms per step, of the model")
-    for name in names:
-        sums = {}
-        for key in ("seconds", "cpu_seconds", "model_seconds", "steps", "evaluations", "converged"):
-            sums[key] = sum(row[name][key] for row in rows)
-        step = 1000 * sums["seconds"] / sums["evaluations"]
-        model = 1000 * sums["model_seconds"] / sums["evaluations"]
-        print(
-            f"{LABELS[name]:20s} {sums['seconds']:8.1f} {sums['cpu_seconds']:6.1f} "
-            f"{sums['steps']:7d} {sums['converged']:4d} of {len(rows):3d} {step:10.2f} "
-            f"{model:10.2f}")
-    many = results["batched"]
-    print(
-        f"{LABELS['batched']:20s} {many['seconds']:8.1f} {many['cpu_seconds']:6.1f} "
-        f"{many['steps']:7d} {many['converged']:4d} of {many['crystals']:3d} "
-        f"{many['ms_per_evaluation']:10.2f}\n")
-    for name, values in (results["differences"] | results["volume_against_labels"]).items():
-        print(f"{name}:", values)
-
-
 # ─── Command line ────────────────────────────────────────────────────────────────────────────────
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with crystals/")
     parser.add_argument("--facet", type=Path, required=True, help="model.pt of train_small.py")
     parser.add_argument("--mace", type=Path, help="model of accuracy.py; without it only Facet")
@@ -364,16 +288,11 @@ def main():
         results["batched"]["peak_memory_GB"] = torch.cuda.max_memory_allocated() / 1e9
     results["groups"] = in_groups(model, crystals[:count], steps, args.batch_atoms)
 
-    # Differences
-    results["differences"] = {}
-    for one, other in (("facet", "mace"), ("facet", "batched")):
-        if other in rows[0]:
-            results["differences"][f"{one}, {other}"] = difference(rows, one, other)
-    results["volume_against_labels"] = {n: against_labels(rows, n) for n in calculators}
-    show(results, rows, list(calculators))
+    results["relaxations"] = columns(rows)
+    print("\n".join(relaxation(results)))
     if not args.quick:
         name = "relax_cuda" if cuda else "relax"
-        write_results(name, results | {"relaxations": columns(rows)})
+        write_results(name, results)
         draw_results(name)
 
 

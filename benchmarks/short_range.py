@@ -9,7 +9,6 @@ No training set holds such dimers; a network may say anything about them, and th
 the first element's crystal. Adds to benchmarks/results/short_range.json under NAME, and draws its
 picture for all that is there.
 """
-import argparse
 import time
 from itertools import combinations_with_replacement
 from pathlib import Path
@@ -21,13 +20,15 @@ import numpy as np
 import torch
 from ase import Atoms, units
 from ase.md.langevin import Langevin
-from common import read_results, write_results
+from common import command_line, read_results, write_results
 from pictures import draw_results
 
 import facet
 
 NEAREST = 0.3  # Å
-CURVES = 30  # pairs whose energies are kept, at most
+CURVES = 12  # pairs whose energies are kept, at most
+DRAWN = slice(None, 136, 2)  # of the distances of a dimer: to 3 Å, every 0.04 Å
+POINTS = 100  # of a trace in time that are kept, at least
 
 
 def pairs_of(model: facet.Facet) -> list[tuple[int, int]]:
@@ -89,39 +90,48 @@ def hot(model: facet.Facet, atoms: Atoms, kelvin: float, picoseconds: float) -> 
     dynamics = Langevin(
         atoms, 1.0 * units.fs, temperature_K=kelvin, friction=0.01 / units.fs, fixcm=False,
         rng=np.random.RandomState(0))
-    columns = {
-        "time_ps": [], "temperature_K": [], "shortest_distance_A": [],
-        "largest_force_eV_per_A": [], "energy_eV_per_atom": []}
+    looks = []
 
     def look():
         vectors = facet.find_neighbours(atoms, model.config).vectors  # [E, 3]
-        row = (
+        looks.append((
             dynamics.get_time() / (1000 * units.fs), atoms.get_temperature(),
-            np.linalg.norm(vectors, axis=1).min(), np.abs(atoms.get_forces()).max(),
-            atoms.get_potential_energy() / len(atoms))
-        for column, value in zip(columns.values(), row, strict=True):
-            column.append(value)
+            np.linalg.norm(vectors, axis=1).min(), np.abs(atoms.get_forces()).max()))
 
     start = time.perf_counter()
     dynamics.attach(look, 20)
     dynamics.run(round(1000 * picoseconds))
     return {
         "structure": str(atoms.symbols), "kelvin": kelvin, "picoseconds": picoseconds,
-        "seconds": time.perf_counter() - start, **columns}
+        "seconds": time.perf_counter() - start, **summed_up(np.array(looks))}
+
+
+def summed_up(looks: np.ndarray) -> dict:
+    """What is kept of the looks [n, 4] of `hot`: extremes of all, and some of them to draw.
+
+    A distance that is drawn is the shortest until the next that is drawn.
+    """
+    t, kelvin, distance, force = looks.T
+    drawn = np.arange(0, len(looks), max(1, len(looks) // POINTS))
+    return {
+        "mean_temperature_K": kelvin[len(kelvin) // 4 :].mean(),  # without the beginning
+        "least_distance_A": distance.min(), "largest_force_eV_per_A": force.max(),
+        "time_ps": t[drawn], "temperature_K": kelvin[drawn].round().astype(int).tolist(),
+        "shortest_distance_A": np.minimum.reduceat(distance, drawn).round(2)}
 
 
 def curves(model: facet.Facet) -> dict:
     """Energies of some pairs, evenly spread."""
     pairs = pairs_of(model)
     energies = {}
-    for i, j in pairs[:: 1 + len(pairs) // CURVES]:
-        r, energies[name_of(model, i, j)], _ = dimer(model, i, j)
-    return {"distance_A": r, "energy_eV": energies}
+    for i, j in pairs[:: -(-len(pairs) // CURVES)]:
+        r, energy, _ = dimer(model, i, j)
+        energies[name_of(model, i, j)] = energy[DRAWN].round(2)
+    return {"distance_A": r[DRAWN], "energy_eV": energies}
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="model.pt of train_small.py")
     parser.add_argument("--name", required=True, help="what the results are kept under")
     parser.add_argument("--structure", type=Path, help="a file with what is heated")
@@ -147,11 +157,10 @@ def main():
         shortest = np.arange(3) == atoms.cell.lengths().argmin()
         atoms = atoms.repeat(np.where(shortest, 2, 1))
     md = hot(facet.load(args.model), atoms, args.kelvin, args.picoseconds)
-    later = md["temperature_K"][len(md["temperature_K"]) // 4 :]
     print(
         f"{md['structure']}, {args.picoseconds:g} ps at {args.kelvin:g} K: temperature "
-        f"{np.mean(later):.0f} K, shortest distance {min(md['shortest_distance_A']):.2f} Å, "
-        f"largest force {max(md['largest_force_eV_per_A']):.1f} eV/Å, {md['seconds']:.0f} s")
+        f"{md['mean_temperature_K']:.0f} K, shortest distance {md['least_distance_A']:.2f} Å, "
+        f"largest force {md['largest_force_eV_per_A']:.1f} eV/Å, {md['seconds']:.0f} s")
 
     content = {"models": {}} | read_results("short_range")
     content["models"][args.name] = {

@@ -36,7 +36,7 @@ from contextlib import suppress
 from itertools import product
 
 import numpy as np
-from common import ROOT, atoms_in, read_results, write_results
+from common import ROOT, atoms_in, command_line, environment, read_results, write_results
 from summary import M64, M128, NEQUIP, memory_share, speed_ratio
 
 # The option that names a Python, by a model's first word
@@ -243,8 +243,7 @@ def show_ratios(runs: dict) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--facet", default=sys.executable, metavar="PYTHON",
                         help="by default the Python that runs this")
     for peer in ("mace", "sevenn", "nequip"):
@@ -290,10 +289,8 @@ def main() -> None:
     runs = kept.get("runs", {}) | runs
     show_ratios(runs)
     if not args.quick:
-        environment = {k: v for k, v in os.environ.items()
-                       if k.startswith(("MALLOC_", "OMP_", "GOMP_", "MKL_"))}
         write_results(name, {
-            "made": kept.get("made", []), "environment": environment, "dtype": "float32",
+            "made": kept.get("made", []), "environment": environment(), "dtype": "float32",
             "cutoff_A": 5.0, "seconds": time.perf_counter() - begin, "runs": runs})
 
         # late: the memory of matplotlib would count as that of the workers (Linux)

@@ -7,11 +7,10 @@ It measures nothing. A table takes the place of the one in the page with the sam
 """
 from __future__ import annotations
 
-import argparse
 import sys
 
 import numpy as np
-from common import ROOT, SETS, read_results
+from common import ROOT, SETS, command_line, read_results
 
 M64 = "MACE 64x0e+64x1o"
 M128 = "MACE 128x0e"
@@ -24,12 +23,14 @@ ERRORS = {FORCE: "force MAE (eV/Å)", ENERGY: "energy MAE (meV/atom)"}
 # Published test errors on the same splits. Si, Li: Zuo et al., J. Phys. Chem. A 124, 731 (2020).
 # AcAc: arXiv 2206.07697, table 3, MACE after hours of an A100. NbMoTaW: SNAP, npj Comput. Mater. 6,
 # 70 (2020), whose training set has quaternaries.
-PUBLISHED = {
-    "Si": "GAP 2.91 · 0.07, MTP 2.21 · 0.06", "Li": "GAP 0.49 · 0.01, MTP 0.49 · 0.01",
-    "AcAc, 300 K": "MACE, hours of an A100: 0.9 · 5.1",
-    "AcAc, 600 K": "MACE, hours of an A100: 4.6 · 22.4",
-    "NbMoTaW, elements": "SNAP 4.13 · 0.132", "NbMoTaW, binaries": "SNAP 5.35 · 0.031",
-    "NbMoTaW, quaternaries": "SNAP 5.94 · 0.189"}
+PUBLISHED = {  # test file: model: energy, forces, in the units of `usual_errors`
+    "Si": {"GAP": ("2.91", "0.07"), "MTP": ("2.21", "0.06")},
+    "Li": {"GAP": ("0.49", "0.01"), "MTP": ("0.49", "0.01")},
+    "AcAc, 300 K": {"MACE, hours of an A100": ("0.9", "5.1")},
+    "AcAc, 600 K": {"MACE, hours of an A100": ("4.6", "22.4")},
+    "NbMoTaW, elements": {"SNAP": ("4.13", "0.132")},
+    "NbMoTaW, binaries": {"SNAP": ("5.35", "0.031")},
+    "NbMoTaW, quaternaries": {"SNAP": ("5.94", "0.189")}}
 
 
 # ─── Speed ───────────────────────────────────────────────────────────────────────────────────────
@@ -88,15 +89,15 @@ def spread(values: list, digits: int) -> str:
     return mean if len(values) == 1 else f"{mean} ± {np.std(values):.{digits}f}"
 
 
-def usual_errors(label: str, found: dict) -> tuple[str, str, str]:
-    """Units, energy and force errors as they are usually given, with their spreads over the seeds:
-    MAE per atom, for molecules RMSE of the total energy.
+def usual_errors(label: str, found: dict) -> tuple[str, tuple[str, str], tuple[str, str]]:
+    """Kind, units and values of the energy and force errors as they are usually given: MAE per
+    atom, for molecules RMSE of the total energy. Values with their spreads over the seeds.
     """
     if label.startswith("AcAc"):
         energy = np.array(found["energy_rmse_meV_per_atom"]) * np.array(found["atoms"])
         force = 1000 * np.array(found["force_rmse_eV_per_A"])
-        return "RMSE, meV · meV/Å", spread(energy, 1), spread(force, 1)
-    return "MAE, meV/atom · eV/Å", spread(found[ENERGY], 2), spread(found[FORCE], 4)
+        return "RMSE", ("meV", "meV/Å"), (spread(energy, 1), spread(force, 1))
+    return "MAE", ("meV/atom", "eV/Å"), (spread(found[ENERGY], 2), spread(found[FORCE], 4))
 
 
 def default_trainings() -> list[dict]:
@@ -111,18 +112,18 @@ def accuracy() -> list[str]:
     for runs in default_trainings():
         minutes = f"{np.mean(runs['cpu_seconds']) / 60:.1f}"
         for label, found in runs["tests"].items():
-            unit, energy, force = usual_errors(label, found)
+            kind, units, values = usual_errors(label, found)
             stress = "–" if found[STRESS][0] is None else spread(found[STRESS], 3)
             constants = []
             for key in (ENERGY, FORCE, STRESS):
                 value = found["constant"][key][0]
                 digits = ",.0f" if (value or 0) >= 100 else ".3g"
                 constants.append("–" if value is None else f"{value:{digits}}")
-            lines.append([label, unit, energy, force, stress, minutes, " · ".join(constants),
-                          PUBLISHED.get(label, "–")])
+            lines.append([label, f"{kind}, {' · '.join(units)}", *values, stress, minutes,
+                          " · ".join(constants)])
     return table(
         "test errors", "of energy · forces", "energy", "forces", "stress MAE (GPa)", "CPU-minutes",
-        "constants: MAE", "published", rows=lines)
+        "constants: MAE", rows=lines)
 
 
 def crossing(facet: dict, key: str, goal: float) -> float | None:
@@ -182,36 +183,47 @@ def time_to_accuracy() -> list[str]:
 # ─── Relaxation ──────────────────────────────────────────────────────────────────────────────────
 
 
-def relax_totals() -> dict[str, dict]:
-    """Sums over the crystals, for each way of relaxing them."""
-    content = read_results("relax")
+WAYS = {"mace": f"{M64}, ASE", "facet": "Facet, ASE", "batched": "Facet, tools.relax"}
+
+
+def relax_totals(content: dict) -> dict[str, dict]:
+    """For each way of relaxing crystals: sums over them, and the median error of volumes (%).
+
+    Of those that converged and whose relaxed volume is known.
+    """
+    relaxed = content["relaxations"]
+    known = [volume or np.nan for volume in relaxed["label_volume"]]
     found = {}
-    for name in ("mace", "facet"):
-        rows = content["relaxations"].get(name)
-        if rows:
-            keys = ("seconds", "cpu_seconds", "model_seconds", "steps", "evaluations", "converged")
-            found[name] = {key: sum(rows[key]) for key in keys}
-            found[name]["crystals"] = len(rows["steps"])
+    for name in WAYS:
+        if name not in relaxed:
+            continue
+        rows = relaxed[name]
+        keys = ("seconds", "cpu_seconds", "model_seconds", "steps", "evaluations", "converged")
+        found[name] = {key: sum(rows[key]) for key in keys if key in rows}
+        found[name]["crystals"] = len(rows["steps"])
+        error = np.abs(np.array(rows["volume_A3_per_atom"], float) / known - 1)
+        error = error[np.isfinite(error) & rows["converged"]]
+        found[name]["volume"] = 100 * np.median(error) if len(error) else None
     batched = content["batched"]
-    found["batched"] = {**batched, "evaluations": batched["steps"] + batched["crystals"]}
+    found["batched"] |= {**batched, "evaluations": batched["steps"] + batched["crystals"]}
     return found
 
 
-def relaxation() -> list[str]:
-    """Seconds, steps and milliseconds per step."""
-    names = {"mace": f"{M64}, ASE", "facet": "Facet, ASE", "batched": "Facet, tools.relax"}
+def relaxation(content: dict | None = None) -> list[str]:
+    """Seconds, steps and milliseconds per step; of the results file unless content is given."""
     rows = []
-    for name, one in relax_totals().items():
+    for name, one in relax_totals(content or read_results("relax")).items():
         model = "–"
         if "model_seconds" in one:
             model = f"{1000 * one['model_seconds'] / one['evaluations']:.1f}"
         rows.append([
-            names[name], f"{one['seconds']:.0f}", f"{one['cpu_seconds']:.0f}", one["steps"],
+            WAYS[name], f"{one['seconds']:.0f}", f"{one['cpu_seconds']:.0f}", one["steps"],
             f"{one['converged']} of {one['crystals']}",
-            f"{1000 * one['seconds'] / one['evaluations']:.1f}", model])
+            f"{1000 * one['seconds'] / one['evaluations']:.1f}", model,
+            "–" if one["volume"] is None else f"{one['volume']:.0f} %"])
     return table(
         "relaxation by", "seconds", "CPU-seconds", "steps", "converged", "ms per step",
-        "of which the model", rows=rows)
+        "of which the model", "volumes off by", rows=rows)
 
 
 def dynamics() -> list[str]:
@@ -246,70 +258,59 @@ def density() -> list[str]:
         "milliseconds, edge by edge → neighbours first", "one thread", "two threads", rows=rows)
 
 
-def ablation_errors(content: dict, budget: str = "steps") -> dict[str, dict[str, list]]:
-    """{set: {variant: [mean, spread over seeds, seeds, steps]}} of the force MAE, meV/Å."""
+def ablation_errors(content: dict) -> dict[str, dict[str, tuple[float, float]]]:
+    """{set: {variant: (mean, spread over seeds)}} of the force MAE, meV/Å."""
     runs = content["runs"]
     found = {}
     for i, variant in enumerate(runs["variant"]):
-        if runs["budget"][i] == budget and runs["base"][i] == content["steps"]:
-            one = found.setdefault(runs["set"][i], {}).setdefault(variant, ([], []))
+        if runs["steps"][i] == content["steps"]:
+            errors = found.setdefault(runs["set"][i], {}).setdefault(variant, [])
             error = runs[FORCE][i]
-            one[0].append(np.nan if error is None else 1000 * error)  # None: diverged
-            one[1].append(runs["steps"][i])
+            errors.append(np.nan if error is None else 1000 * error)  # None: diverged
     for variants in found.values():
-        for variant, (errors, steps) in variants.items():
+        for variant, errors in variants.items():
             spread = float(np.std(errors, ddof=len(errors) > 1))
-            variants[variant] = [float(np.mean(errors)), spread, len(errors), steps[0]]
+            variants[variant] = (float(np.mean(errors)), spread)
     return found
 
 
-def ablations() -> list[str]:
-    """Each variant's time and memory over the default's, and its error after equal steps."""
+def ablations(name: str = "Si") -> list[str]:
+    """Each variant's time and memory over the default's, and its error, on one of SETS."""
     content = read_results("ablations")
     variants = content["timings"]["variants"]
-    errors = ablation_errors(content).get("Si", {})
+    errors = ablation_errors(content).get(name, {})
     default = variants["variant"].index("default")
     rows = []
-    for i, name in enumerate(variants["variant"]):
-        if name not in errors and variants["group"][i] != "density":
+    for i, variant in enumerate(variants["variant"]):
+        if variant not in errors and variants["group"][i] != "density":
             continue
         cells = [f"{variants['parameters'][i]:,}"]
-        for column in (variants["evaluation_ms"], variants["step_ms"]["Si"],
-                       variants["step_MB"]["Si"]):
+        for column in (variants["evaluation_ms"], variants["step_ms"][name],
+                       variants["step_MB"][name]):
             cells.append(f"{column[i] / column[default]:.2f} ×")
         error = "as the default"
-        if name in errors:
-            mean, spread, seeds, _ = errors[name]
+        if variant in errors:
+            mean, spread = errors[variant]
             error = f"{mean:.1f} ± {spread:.1f}"
-        rows.append([name, *cells, error])
+        rows.append([variant, *cells, error])
     return table(
-        f"silicon, {content['steps']} steps", "parameters", "evaluation", "training step", "memory",
+        f"{name}, {content['steps']} steps", "parameters", "evaluation", "training step", "memory",
         "force MAE (meV/Å)", rows=rows)
 
 
-def trim() -> list[str]:
-    """SevenNet-0 with splines."""
-    rows = read_results("sevennet_trim")["rows"]
+def trim(rows: dict | None = None) -> list[str]:
+    """SevenNet-0 with splines; of the results file unless rows are given."""
+    rows = rows or read_results("sevennet_trim")["rows"]
     lines = []
     for i, name in enumerate(rows["variant"]):
         lines.append([
             name, f"{rows['parameters'][i]:,}", f"{rows['fewer_percent'][i]:.0f} %",
-            f"{rows['energy']['mae'][i]:.3f}", f"{rows['force']['mae'][i]:.2f}",
-            f"{rows['stress']['mae'][i]:.3f}", f"{rows['speed'][i]:.2f} ×"])
+            f"{rows['energy_meV_per_atom'][i]:.3f}", f"{rows['force_meV_per_A'][i]:.2f}",
+            f"{rows['stress_GPa'][i]:.3f}", f"{rows['molecule_force_meV_per_A'][i]:.2f}",
+            f"{rows['speed'][i]:.2f} ×"])
     return table(
         "SevenNet-0 with splines", "parameters", "fewer", "energy (meV/atom)", "force (meV/Å)",
-        "stress (GPa)", "speed", rows=lines)
-
-
-def best_trim() -> str:
-    """The untuned variant with the least force error among those a quarter smaller."""
-    rows = read_results("sevennet_trim")["rows"]
-    chosen = [
-        i for i, name in enumerate(rows["variant"])
-        if rows["fewer_percent"][i] >= 25 and not name.endswith("tuned")]
-    i = min(chosen, key=lambda i: rows["force"]["mae"][i])
-    return (f"{rows['fewer_percent'][i]:.0f} % fewer parameters · "
-            f"{rows['energy']['mae'][i]:.2f} meV/atom · {rows['force']['mae'][i]:.1f} meV/Å off")
+        "stress (GPa)", "force in molecules (meV/Å)", "speed", rows=lines)
 
 
 def equivariance() -> list[str]:
@@ -339,59 +340,127 @@ def short_range() -> list[str]:
             name, scan["pairs"], len(scan["attracting"]),
             f"{scan['least_energy_at_0.3_A_eV']:,.0f}",
             f"{hot['structure']}, {hot['picoseconds']:g} ps",
-            f"{min(hot['shortest_distance_A']):.2f}", f"{max(hot['largest_force_eV_per_A']):.0f}"])
+            f"{hot['least_distance_A']:.2f}", f"{hot['largest_force_eV_per_A']:.0f}"])
     return table(
         "model", "pairs of elements", "attracting in the core", "least energy at 0.3 Å (eV)",
         "at 2,000 K", "shortest distance (Å)", "largest force (eV/Å)", rows=rows)
 
 
-# ─── The README's table ──────────────────────────────────────────────────────────────────────────
+# ─── Beside the peers ────────────────────────────────────────────────────────────────────────────
+
+
+def speed_rows() -> dict[str, list[str]]:
+    """Times and memory of the same crystals."""
+    runs = read_results("speed")["runs"]
+    few = (M64, M128)
+    four = (M64, M128, "SevenNet-0", NEQUIP)
+    subjects = {
+        "bare": "speed: energy, forces, stress of 64 or 512 silicon atoms (the worse case)",
+        "train": "speed: a training step on 4 crystals of 64 silicon atoms"}
+    rows = {}
+    for job, threads, species, peers in (
+            ("bare", 1, 89, four), ("bare", 2, 89, four), ("bare", 1, 4, few),
+            ("train", 1, 89, few), ("train", 2, 89, few), ("train", 1, 4, few)):
+        ratios = [f"{speed_ratio(runs, job, peer, threads, species):.1f}" for peer in peers]
+        words = "one thread" if threads == 1 else "two threads"
+        rows[job, threads, species] = [
+            f"{subjects[job]}; {words}, {species} elements known", " / ".join(peers),
+            f"{' / '.join(ratios)} times as fast"]
+    rows["memory"] = [
+        "memory: energy, forces, stress of 512 or 4,096 silicon atoms (the worse case)",
+        "the one of these that needs least", f"{100 * memory_share(runs):.0f} % of that"]
+    return rows
+
+
+def error_rows() -> dict[str, list[str]]:
+    """Test errors beside published ones, a line for each test file that has some."""
+    rows = {}
+    for runs in default_trainings():
+        for label, found in runs["tests"].items():
+            if label not in PUBLISHED:
+                continue
+            kind, units, values = usual_errors(label, found)
+            peers = []
+            for peer, errors in PUBLISHED[label].items():
+                peers.append(f"{peer}: {with_units(errors, units)}")
+            mean = {"MAE": "mean absolute", "RMSE": "root mean square"}[kind]
+            rows[label] = [f"test errors, {label}: {mean} error of energies, of forces",
+                           "; ".join(peers), with_units(values, units)]
+    return rows
+
+
+def with_units(values: tuple[str, ...], units: tuple[str, ...]) -> str:
+    return ", ".join(f"{value} {unit}" for value, unit in zip(values, units, strict=True))
+
+
+def training_rows() -> dict[str, list[str]]:
+    """Processor time until Facet's error is MACE's best."""
+    rows = {}
+    for name, words in (("Si", "silicon"), ("crystals", "crystals of 15 elements")):
+        for key, entry in against_time(name).items():
+            error = {FORCE: "forces is {:.3g} eV/Å", ENERGY: "energies is {:.3g} meV/atom"}[key]
+            rows[name, key] = [
+                f"processor time of training on {words} until the mean absolute error of "
+                f"{error.format(entry['goal'])}, MACE's best",
+                f"{M64}: {entry['mace']:,.0f} s",
+                f"{entry['facet']:,.0f} s, {share(entry)} of that"]
+    return rows
+
+
+def relaxation_rows() -> dict[str, list[str]]:
+    """Processor time of relaxing the same crystals."""
+    total = relax_totals(read_results("relax"))
+    mace, ours, many = total["mace"], total["facet"], total["batched"]
+    model = [1000 * one["model_seconds"] / one["evaluations"] for one in (mace, ours)]  # ms
+
+    def taken(one: dict) -> str:
+        return f"{one['cpu_seconds']:.0f} s, {one['converged']} of them converge"
+
+    def faster(before: float, after: float) -> str:
+        return f"{before / after:.1f} times as fast"
+
+    crystals = f"processor time of relaxing {mace['crystals']} crystals"
+    return {
+        "relaxing": [f"{crystals} one by one by ASE", f"{M64}: {taken(mace)}",
+                     f"{taken(ours)}: {faster(mace['cpu_seconds'], ours['cpu_seconds'])}"],
+        "model": ["the model's part of a step of that", f"{M64}: {model[0]:.1f} ms",
+                  f"{model[1]:.1f} ms: {faster(*model)}"],
+        "relaxing many": [f"{crystals}, Facet's all at once by `tools.relax`",
+                          f"{M64}, one by one by ASE: {taken(mace)}",
+                          f"{taken(many)}: {faster(mace['cpu_seconds'], many['cpu_seconds'])}"]}
+
+
+def trim_rows() -> dict[str, list[str]]:
+    """The untuned variant of SevenNet-0 with the least force error among those a quarter smaller.
+    """
+    rows = read_results("sevennet_trim")["rows"]
+    chosen = [
+        i for i, name in enumerate(rows["variant"])
+        if rows["fewer_percent"][i] >= 25 and not name.endswith("tuned")]
+    i = min(chosen, key=lambda i: rows["force_meV_per_A"][i])
+    whole = rows["parameters"][rows["variant"].index("SevenNet-0")]
+    return {"trim": [
+        "parameters of SevenNet-0 with splines in place of its radial MLPs, and its matrices "
+        "multiplied where that changes nothing", f"SevenNet-0: {whole:,}",
+        f"{rows['parameters'][i]:,}, {rows['fewer_percent'][i]:.0f} % fewer; energies change by "
+        f"{rows['energy_meV_per_atom'][i]:.2f} meV/atom, "
+        f"forces by {rows['force_meV_per_A'][i]:.1f} meV/Å"]}
+
+
+# Rows of the front page; the other page has all
+FRONT = (("bare", 1, 89), "Si", ("Si", FORCE), "relaxing many")
+
+
+def all_comparisons() -> list[str]:
+    """Facet beside its peers, a line for each subject."""
+    rows = speed_rows() | error_rows() | training_rows() | relaxation_rows() | trim_rows()
+    return table("what", "against", "Facet", rows=list(rows.values()))
 
 
 def beside_peers() -> list[str]:
-    """Facet beside its peers, a line for each subject."""
-    runs = read_results("speed")["runs"]
-    rows = []
-
-    def add(subject: str, against: str, found: str, script: str) -> None:
-        rows.append([subject, against, found, f"[{script}.py](benchmarks/{script}.py)"])
-
-    for job, subject, peers in (
-            ("bare", "energy, forces, stress", (M64, M128, "SevenNet-0", NEQUIP)),
-            ("train", "a training step", (M64, M128))):
-        for threads, words in ((1, "one thread"), (2, "two threads")):
-            ratios = [speed_ratio(runs, job, peer, threads) for peer in peers]
-            values = " · ".join(f"{ratio:.1f}" for ratio in ratios)
-            add(f"{subject}, {words}", " · ".join(peers), f"{values} × as fast", "speed")
-    add("memory", "the most frugal of them", f"{100 * memory_share(runs):.0f} % of it", "speed")
-
-    for runs in default_trainings():
-        for label, found in runs["tests"].items():
-            if label in PUBLISHED:
-                unit, energy, force = usual_errors(label, found)
-                add(f"test errors, {label} ({unit})", PUBLISHED[label], f"{energy} · {force}",
-                    "accuracy")
-
-    for name, words in (("Si", "silicon"), ("crystals", "crystals of 15 elements")):
-        found = against_time(name)
-        values = " · ".join(share(found[key]) for key in (FORCE, ENERGY))
-        subject = f"training on {words} until its best force · energy error"
-        add(subject, M64, f"{values} of its processor time", "accuracy")
-
-    total = relax_totals()
-    mace, ours, many = total["mace"], total["facet"], total["batched"]
-    whole = mace["seconds"] / ours["seconds"]
-    model = (mace["model_seconds"] / mace["evaluations"]) / (
-        ours["model_seconds"] / ours["evaluations"])
-    add("relaxing crystals one by one: in all · a step of the model", M64,
-        f"{whole:.1f} · {model:.1f} × as fast", "relax")
-    rate = (many["crystals"] / many["cpu_seconds"]) / (mace["crystals"] / mace["cpu_seconds"])
-    add("relaxing many at once by `tools.relax`", f"{M64}, one by one",
-        f"{rate:.1f} × as many in the same processor time", "relax")
-
-    add("SevenNet-0 with splines for its radial MLPs, and exact folds", "as it comes", best_trim(),
-        "sevennet_trim")
-    return table("", "against", "Facet", "by", rows=rows)
+    """The few lines of `all_comparisons` on the front page."""
+    rows = speed_rows() | error_rows() | training_rows() | relaxation_rows()
+    return table("what", "against", "Facet", rows=[rows[name] for name in FRONT])
 
 
 # ─── Pages ───────────────────────────────────────────────────────────────────────────────────────
@@ -404,10 +473,10 @@ def table(*heading: str, rows: list[list]) -> list[str]:
 
 
 HERE = "benchmarks/README.md"
-TABLES = {
-    beside_peers: "README.md", speed: HERE, accuracy: HERE, time_to_accuracy: HERE,
-    relaxation: HERE, dynamics: HERE, density: HERE, ablations: HERE, trim: HERE,
-    equivariance: HERE, short_range: HERE}  # and the page where each stands
+TABLES = {  # and the page where each stands
+    beside_peers: "README.md", all_comparisons: HERE, speed: HERE, accuracy: HERE,
+    time_to_accuracy: HERE, relaxation: HERE, dynamics: HERE, density: HERE, ablations: HERE,
+    trim: HERE, equivariance: HERE, short_range: HERE}
 
 
 def write(lines: list[str], page: str) -> None:
@@ -421,8 +490,7 @@ def write(lines: list[str], page: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--write", action="store_true", help="put the tables into the pages")
     sys.stdout.reconfigure(encoding="utf-8")
     if parser.parse_args().write:

@@ -126,7 +126,7 @@ def test_pictures_are_drawn_from_the_results(tmp_path):
     for name in ("relax", "sevennet_trim"):
         pictures.draw_results(name, tmp_path)
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
-    assert set(pictures.known()) >= {paint.__name__ for paint in pictures.PICTURES}
+    assert set(pictures.known()) >= set(pictures.PICTURES)
 
 
 # ─── Scripts ─────────────────────────────────────────────────────────────────────────────────────
