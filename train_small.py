@@ -19,44 +19,47 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import json
 import math
-import os
 import shlex
-import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import timedelta
-from itertools import chain, count, islice
+from itertools import chain, islice
 from numbers import Real
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from ase.data import atomic_numbers, chemical_symbols, covalent_radii
-from ase.stress import voigt_6_to_full_3x3_stress
 from torch.nn.functional import smooth_l1_loss
 
 import facet
 from tools import report
-from tools.frames import BadInput, Frames, load, neighbours, print_to_stderr, sample
-from tools.suspicions import robust_fit, robust_scale
+from tools.batches import Samples, endless_batches, length_of, loader, ten_structures
+from tools.frames import BadInput, Frames, load, print_to_stderr
+from tools.run import (
+    ALONE,
+    Log,
+    Progress,
+    Team,
+    checkpoint,
+    device_of,
+    duration,
+    interruptible,
+    new_folder,
+    restore,
+    save,
+    team_of,
+)
+from tools.statistics import check_species, statistics
 
-EPOCHS = 40          # times through the data, unless told otherwise …
-STEPS = 10_000       # … and for molecules, whose frames are small, at least so many steps
-MPTRJ = [s for s in chemical_symbols[1:95] if s not in ("Po", "At", "Rn", "Fr", "Ra")]  # its 89
 WEIGHT_DECAY = 1e-3  # of AdamW
 CLIP = 1.0           # longest gradient allowed
 SAVE_SECONDS = 300   # a checkpoint at least this often, and with every line of the log
-KEPT = 10 ** 7       # neighbours that are kept in memory, about 0.5 GB; beyond, they are made anew
-PADDING = 0.15       # of the neighbours in batches may be padding, because frames differ in crowd
-WATCHED = 50         # validation frames that the log looks at
+
+
+# ─── Settings ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def setting(default, text: str, least: float | None = None, above: float | None = None):
@@ -134,280 +137,6 @@ class Settings:
             raise ValueError(f"--activation {self.activation}: must be product or silu")
 
 
-class Team(NamedTuple):
-    """The processes that train together. The first one speaks and writes."""
-
-    rank: int = 0
-    size: int = 1
-
-    def say(self, text: str) -> None:
-        if self.rank == 0:
-            print(text, flush=True)
-
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum over the processes."""
-        if self.size > 1:
-            dist.all_reduce(values)
-        return values
-
-
-ALONE = Team()
-
-
-# ─── Statistics of the training set ───────────────────────────────────────────────────────────────
-
-
-def reference_energies(frames: Frames, numbers: np.ndarray, given: dict, cutoff: float):
-    """E0 per species, [Z] eV: the energy that composition alone explains, by robust least squares.
-
-    numbers [Z]; given: {atomic number: eV}, which stay. Where the data hold a free atom (one atom
-    that has no neighbour), its energy is E0: nothing else is the limit of large distances.
-    """
-    counts = frames.compositions(numbers)  # [F, Z]
-    atoms = frames.atom_counts()  # [F]
-    energy = frames.energies()  # [F] nan where there is none
-
-    for i in np.flatnonzero(atoms == 1):
-        atom = frames[int(i)]
-        dst, *_ = facet.neighbour_list(atom.positions, atom.cell.array, atom.pbc, cutoff)
-        if len(dst) == 0 and np.isfinite(energy[i]):
-            given = {int(atom.numbers[0]): float(energy[i]), **given}
-
-    E0 = np.array([given.get(int(number), 0.0) for number in numbers])  # [Z]
-    fitted = ~np.isin(numbers, list(given))  # [Z]
-    if not fitted.any():
-        return E0
-
-    # Per atom: every frame counts the same, whatever its size
-    known = np.isfinite(energy)
-    share = counts[known] / atoms[known, None]  # [F, Z]
-    target = energy[known] / atoms[known] - share @ E0  # [F]
-    E0[fitted], _, rank = robust_fit(share[:, fitted], target)
-
-    present = int((counts.sum(0)[fitted] > 0).sum())
-    if rank < present:
-        print(f"note: these compositions determine only {rank} of {present} reference energies; "
-              "the smallest are taken")
-    return E0
-
-
-def core_radii(shortest: dict, numbers: np.ndarray, cutoff: float) -> np.ndarray:
-    """[Z] Å: the core of two atoms ends below their shortest distance in the data.
-
-    shortest: {(i, j): Å} for pairs of species. The repulsion is zero wherever there are data.
-    """
-    covalent = covalent_radii[numbers]  # [Z]
-    # With 0.75 times, two silicon atoms attract each other a little at the edge of their core
-    radii = np.minimum(0.85 * covalent, cutoff / 2)  # [Z]
-    for (i, j), distance in shortest.items():
-        for z in (i, j):
-            share = covalent[z] / (covalent[i] + covalent[j])
-            radii[z] = min(radii[z], 0.97 * distance * share)
-    return radii
-
-
-def shortest_distances(graphs: list[facet.Neighbours]) -> dict[tuple[int, int], float]:
-    """The shortest distance, Å, of each pair of species that are neighbours anywhere."""
-    shortest: dict[tuple[int, int], float] = {}
-    for graph in graphs:
-        r = np.linalg.norm(graph.vectors, axis=1)  # [E]
-        pair = np.stack([graph.species[graph.dst], graph.species[graph.src]], 1)  # [E, 2]
-        pair = np.sort(pair, 1)  # [E, 2]
-        for i, j in np.unique(pair, axis=0).tolist():
-            distance = float(r[(pair == (i, j)).all(1)].min())
-            shortest[i, j] = min(distance, shortest.get((i, j), np.inf))
-    return shortest
-
-
-def statistics(frames: Frames, s: Settings) -> facet.Config:
-    """Config with what the model must know of the training set. Raises BadInput."""
-    found = frames.elements()  # atomic numbers
-    symbols = s.species.split(",") if s.species else [chemical_symbols[z] for z in found]
-    if s.species == "all":
-        symbols = MPTRJ
-    try:
-        pairs = [pair.split("=") for pair in s.E0.split(",") if pair]
-        given = {atomic_numbers[symbol]: float(energy) for symbol, energy in pairs}
-        numbers = np.array(sorted(atomic_numbers[symbol] for symbol in symbols))  # [Z]
-    except (KeyError, ValueError):
-        raise BadInput(f"--E0 {s.E0} --species {s.species}: must look like --E0 Si=-0.79,O=-1.56 "
-                       "--species Si,O") from None
-    for flag, value, doubled in (("E0", s.E0, len(given) < len(pairs)),
-                                 ("species", s.species, len(set(symbols)) < len(symbols))):
-        if doubled:
-            raise BadInput(f"--{flag} {value}: names an element twice")
-    if not np.isfinite(list(given.values())).all():
-        raise BadInput(f"--E0 {s.E0}: energies must be finite numbers")
-
-    some = list(sample(frames))
-    forces = [atoms.calc.results["forces"] for atoms in some if "forces" in atoms.calc.results]
-    scale = robust_scale(forces or [np.zeros((1, 3))])  # eV/Å
-    config = facet.Config(
-        species=tuple(chemical_symbols[z] for z in numbers),
-        cutoff=s.cutoff, degree=s.degree, channels=s.channels, layers=s.layers, groups=s.groups,
-        activation=s.activation, energy_scale=scale or 1.0)
-    check_species(frames, config)
-    unseen = [symbol for z, symbol in zip(numbers, config.species) if z not in found]
-    if unseen and s.species != "all":
-        print_to_stderr(f"note: no frame holds {', '.join(unseen)}: nothing is learned of them")
-    beside = [chemical_symbols[z] for z in given if z not in numbers]
-    if beside:
-        print_to_stderr(f"note: --E0 names {', '.join(beside)}, which the model does not know")
-
-    # Neighbours: how many there are, and how close they come
-    graphs = [neighbours(atoms, config) for atoms in some]
-    edges = sum(len(graph.dst) for graph in graphs)
-    if edges == 0:
-        raise BadInput(f"no atom of the training set has a neighbour within {s.cutoff} Å: are "
-                       "positions in Å? Or raise --cutoff")
-    shortest = shortest_distances(graphs)
-    E0 = reference_energies(frames, numbers, given, s.cutoff)
-    return replace(
-        config,
-        mean_neighbours=max(1.0, edges / sum(len(atoms) for atoms in some)),
-        first_knot=0.7 * min(*shortest.values(), s.cutoff / 2),
-        reference_energies=tuple(E0.tolist()),
-        core=tuple(core_radii(shortest, numbers, s.cutoff).tolist()))
-
-
-def check_species(frames: Frames, config: facet.Config) -> None:
-    """Raise BadInput if a frame holds an element that the model does not know."""
-    numbers = np.array([atomic_numbers[symbol] for symbol in config.species])  # [Z]
-    unknown = frames.atom_counts() - frames.compositions(numbers).sum(1)  # [F] atoms
-    if unknown.any():
-        atoms = frames[int(unknown.argmax())]
-        names = sorted(set(atoms.symbols) - set(config.species))
-        raise BadInput(f"{atoms.info['source']}: holds {', '.join(names)}, which the training set, "
-                       f"or --species, does not: {' '.join(config.species)}")
-
-
-# ─── Batches ──────────────────────────────────────────────────────────────────────────────────────
-
-
-class Samples(torch.utils.data.Dataset):
-    """Batches of frames, ready for the model, with their labels.
-
-    Neighbour lists are made here, by loader processes if there are any.
-    """
-
-    def __init__(self, frames: Frames, config: facet.Config, team: Team = ALONE):
-        self.frames = frames
-        self.config = config
-        self.team = team
-        self.atoms = frames.atom_counts()  # [F]
-        many = self.atoms.sum() * config.mean_neighbours > KEPT
-        self.graphs = None if many else {}
-
-    def graph(self, i: int) -> facet.Neighbours:
-        """Neighbours of a frame, made now or kept. Raises BadInput for broken geometry."""
-        if self.graphs is None:
-            return neighbours(self.frames[i], self.config)
-        if i not in self.graphs:
-            self.graphs[i] = neighbours(self.frames[i], self.config)
-        return self.graphs[i]
-
-    def crowd(self) -> np.ndarray:
-        """Neighbours of each frame's most crowded atom, [F]; where frames are many, a guess."""
-        if self.graphs is not None:
-            found = [np.bincount(self.graph(i).dst, minlength=1) for i in range(len(self.atoms))]
-            return np.array([neighbours_of.max() for neighbours_of in found])
-
-        mean = self.config.mean_neighbours
-        volume = self.frames.volumes()  # [F] Å³, 0 without a cell
-        density = np.divide(self.atoms, volume, out=np.zeros(len(volume)), where=volume > 0)
-        guess = density * 4 / 3 * np.pi * self.config.cutoff ** 3  # [F]
-        return np.where(volume > 0, np.clip(guess, mean / 4, 8 * mean), mean)
-
-    def __getitem__(self, rows: np.ndarray):
-        """rows, batch and target of this process' share of them; or rows, what is wrong, None.
-
-        target: energy [S] eV, forces [N, 3] eV/Å and virial [S, 3, 3] eV, nan where there is no
-        label; atoms [S]; count [3], how many energies, forces and virials are labelled; edges.
-        """
-        share = rows[self.team.rank::self.team.size]
-        idle = len(share) == 0  # more processes than frames: this one computes, but counts nothing
-        share = rows[:1] if idle else share
-        try:
-            graphs = [self.graph(int(i)) for i in share]
-        except BadInput as error:  # an exception would not leave a loader process in one piece
-            return rows, str(error), None
-
-        energy, forces, virial = [], [], []
-        for i, graph in zip(share, graphs):
-            labels = self.frames[int(i)].calc.results
-            energy.append(labels.get("energy", np.nan))
-            forces.append(labels.get("forces", np.full((len(graph.species), 3), np.nan)))
-            stress = voigt_6_to_full_3x3_stress(labels.get("stress", np.full(6, np.nan)))
-            virial.append(stress * graph.volume)  # [3, 3]
-
-        target = {
-            "energy": torch.tensor(energy, dtype=torch.float64),
-            "forces": torch.from_numpy(np.concatenate(forces)).float(),
-            "virial": torch.from_numpy(np.stack(virial)).float(),
-        }
-        if idle:
-            target = {name: torch.full_like(label, np.nan) for name, label in target.items()}
-        target["count"] = torch.stack([label.isfinite().sum() for label in target.values()])
-        target["atoms"] = torch.tensor([len(graph.species) for graph in graphs])
-        target["edges"] = torch.tensor(sum(len(graph.dst) for graph in graphs))
-        return rows, facet.make_batch(graphs, self.config.cutoff), target
-
-
-def plan(atoms: np.ndarray, crowd: np.ndarray, budget: float, rng: np.random.Generator):
-    """One epoch: every frame in one batch, in random order; little of what they hold is padding.
-
-    atoms, crowd [F], budget in padded neighbours → a list of arrays of frame numbers. A batch costs
-    time and memory for atoms × neighbours of its most crowded atom. As many frames are taken as
-    fit, at least one; a quarter more than the budget may be, lest two of half of it be parted.
-
-    Frames are drawn at random in portions and sorted by crowd within each. The portions are as
-    small as they can be: frames that are equally crowded are often alike, and batches of frames
-    that are alike train badly (silicon in one portion: forces 3 % worse).
-    """
-    order = rng.permutation(len(atoms))
-    used = (atoms * crowd).sum()  # neighbours without padding
-    mean = (atoms * crowd).mean()
-
-    for several in (1, 2, 4, 8, 16, 32, 64):  # batches in a portion
-        portion = max(1, round(several * budget / mean))  # frames
-        batches = []
-        for part in np.split(order, range(portion, len(order), portion)):
-            batch, size = [], 0
-            for i in part[np.argsort(crowd[part], kind="stable")]:
-                if batch and (size + atoms[i]) * max(crowd[i], 1) > 1.25 * budget:
-                    batches.append(np.array(batch))
-                    batch, size = [], 0
-                batch.append(i)
-                size += atoms[i]
-            batches.append(np.array(batch))
-
-        padded = sum(atoms[batch].sum() * crowd[batch].max() for batch in batches)
-        if used > (1 - PADDING) * padded and used > 0.75 * len(batches) * budget:
-            break  # little padding, and the batches are full
-    return [batches[i] for i in rng.permutation(len(batches))]
-
-
-def epochs(atoms: np.ndarray, crowd: np.ndarray, budget: float, seed: int) -> Iterator[list]:
-    """Plans without end, from the seed alone.
-
-    So step n of a run, resumed or not, on any number of processes, sees batch n.
-    """
-    for epoch in count():
-        yield plan(atoms, crowd, budget, np.random.default_rng([seed, epoch]))
-
-
-def loader(samples: Samples, batches: Iterable[np.ndarray], workers: int, cuda: bool):
-    """Prepares batches ahead, in `workers` processes; in this one if there are none."""
-    return torch.utils.data.DataLoader(
-        samples, batch_size=None, sampler=batches, num_workers=workers,
-        prefetch_factor=4 if workers else None, pin_memory=cuda, worker_init_fn=ignore_interrupts)
-
-
-def ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches all processes; the trainer ends its step first, and needs its loaders."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 # ─── Losses ───────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -429,92 +158,19 @@ def losses(out: dict, target: dict, count: torch.Tensor, scale: float, huber: fl
     return torch.stack(total) / count.clamp(min=1)  # [3]
 
 
-# ─── Training ─────────────────────────────────────────────────────────────────────────────────────
+def loss_weights(s: Settings, share: float) -> tuple[float, float, float]:
+    """Of energy, forces, stress; the energy's grows from a twentieth to the end of the training."""
+    return s.energy_weight * 0.05 ** (1 - share), 1.0, s.stress_weight
 
 
-class Log:
-    """A line per interval on the screen and in metrics.csv; on a terminal, a line of progress."""
-
-    columns = ("step seconds loss loss_energy loss_forces loss_stress energy_mae_meV_per_atom "
-               "force_mae_meV_per_A stress_mae_GPa lr gradient structures_per_s").split()
-
-    def __init__(self, folder: Path, valid: Frames, length: int):
-        """length: bytes of metrics.csv that a resumed run keeps; what follows is done again."""
-        self.path = folder / "metrics.csv"
-        self.watched = valid.take(np.random.default_rng(0).permutation(len(valid))[:WATCHED])
-        self.shown = 0.0
-        self.path.touch()
-        os.truncate(self.path, length)
-        if length == 0:
-            self.write(self.columns)
-        print("   step    loss  (energy  forces  stress)   energy MAE    force MAE   stress MAE"
-              "        lr  structures/s      left", flush=True)
-
-    def write(self, row: list) -> None:
-        """A line that is on the disk when this returns."""
-        with open(self.path, "a", newline="") as file:
-            csv.writer(file).writerow(row)
-            file.flush()
-            os.fsync(file.fileno())
-
-    def errors(self, model: facet.Facet) -> list[float]:
-        """MAE on the watched frames: meV/atom, meV/Å, GPa; nan where there are no labels."""
-        if len(self.watched) == 0:
-            return [math.nan] * 3
-        e = report.errors(report.predict(model, self.watched), self.watched)
-        found = [e["energy_mae_meV_per_atom"], e["force_mae_eV_per_A"], e["stress_mae_GPa"]]
-        energy, forces, stress = (math.nan if mae is None else mae for mae in found)
-        return [energy, 1000 * forces, stress]
-
-    def line(self, model, step, seconds, left, losses, lr, gradient, rate) -> None:
-        """losses: in all, of energy, forces, stress; left: seconds; rate: structures per second."""
-        mae = self.errors(model)
-        self.write([step, f"{seconds:.1f}", *losses, *mae, lr, gradient, f"{rate:.1f}"])
-        self.show("{:7d} {:7.4f} ({:7.5f} {:7.4f} {:7.4f}) {:8.2f} meV {:7.1f} meV/Å {:8.3f} GPa "
-                  "{:9.1e} {:13.1f} {:>9}".format(step, *losses, *mae, lr, rate, duration(left)))
-
-    def progress(self, step: int, steps: int, left: float) -> None:
-        """On a terminal only, twice a second: a line that the next one overwrites."""
-        if sys.stdout.isatty() and time.perf_counter() > self.shown + 0.5:
-            self.shown = time.perf_counter()
-            self.show(f"step {step} of {steps}, {duration(left)} left", end="")
-
-    def show(self, text: str, end: str = "\n") -> None:
-        over = "\r\033[K" if sys.stdout.isatty() else ""
-        print(over + text, end=end, flush=True)
+def losses_by_name(weights, parts) -> dict[str, float]:
+    """Columns of the log: the loss that was minimised, and its parts."""
+    total = sum(weight * part for weight, part in zip(weights, parts))
+    names = ("loss_energy", "loss_forces", "loss_stress")
+    return {"loss": total, **dict(zip(names, parts, strict=True))}
 
 
-def duration(seconds: float) -> str:
-    """90 → 1.5 min."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-@contextmanager
-def interruptible():
-    """Ctrl-C and SIGTERM (a batch system's notice) fill a list, so that a step can be ended.
-
-    A second one ends at once.
-    """
-    caught = []
-
-    def notice(number, frame):
-        if caught:
-            raise KeyboardInterrupt
-        caught.append(number)
-
-    before = {}
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, notice)
-    except ValueError:
-        pass  # not the main thread, which alone gets signals
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+# ─── Optimisers ───────────────────────────────────────────────────────────────────────────────────
 
 
 def optimizers(model: facet.Facet, s: Settings, steps: int) -> list[torch.optim.Optimizer]:
@@ -530,6 +186,38 @@ def optimizers(model: facet.Facet, s: Settings, steps: int) -> list[torch.optim.
             torch.optim.Muon(matrices, lr=s.muon_lr, weight_decay=decay)]
 
 
+@torch.no_grad()
+def follow(averaged: facet.Facet, model: facet.Facet, share: float) -> None:
+    """Move the average of the weights towards them by this share of the difference."""
+    torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), share)
+
+
+# ─── Training ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def fetch(stream, device: torch.device, p: Progress):
+    """The next batch, on the device: its rows, itself, its labels. Raises BadInput."""
+    moment = time.perf_counter()
+    rows, batch, target = next(stream)
+    if isinstance(batch, str):  # what is wrong with a frame
+        raise BadInput(batch)
+    p.edges += int(target["edges"])
+    p.slots += batch.src.numel()
+    batch = batch.to(device)
+    target = {name: label.to(device, non_blocking=True) for name, label in target.items()}
+    p.waited += time.perf_counter() - moment
+    return rows, batch, target
+
+
+def agree(team: Team, parts: torch.Tensor, gradient: torch.Tensor, p: Progress, stop: int):
+    """What all processes go by: losses, length of the gradient, the first one's clock, whether to
+    stop. This is the one place where a step waits for the GPU."""
+    clock = p.seconds() if team.rank == 0 else 0.0
+    mine = torch.tensor([clock, stop], dtype=torch.float64, device=parts.device)
+    news = torch.cat([parts.detach(), gradient.detach()[None] / team.size, mine])  # [6]
+    return team.sum(news).tolist()
+
+
 def train(model: facet.Facet, frames: Frames, valid: Frames, s: Settings, folder: Path,
           team: Team = ALONE, resumed: dict | None = None) -> tuple[facet.Facet, dict]:
     """Trains; returns the model with averaged weights, and what the time went into.
@@ -540,142 +228,71 @@ def train(model: facet.Facet, frames: Frames, valid: Frames, s: Settings, folder
     """
     device = next(model.parameters()).device
     averaged = copy.deepcopy(model).requires_grad_(False)
-
-    # Batches: as many neighbours as ten structures have, or batch_atoms at mean density
     samples = Samples(frames, model.config, team)
-    atoms, crowd = samples.atoms, samples.crowd()  # [F], [F]
-    budget = (s.batch_atoms or ten_structures(frames)) * crowd.mean()
-    plans = epochs(atoms, crowd, budget, s.seed)
-    in_epoch = len(next(epochs(atoms, crowd, budget, s.seed)))
+    batches, in_epoch = endless_batches(samples, s)
     steps = length_of(frames, s, in_epoch)
+    optimisers = optimizers(model, s, steps)
 
-    adamw, muon = optimizers(model, s, steps)
-    step, earlier = 0, 0.0  # steps and seconds of earlier lives
+    # A resumed run goes on where its checkpoint was written
+    p = Progress(steps, s.minutes)
     if resumed:
-        model.load_state_dict(resumed["state"])
-        averaged.load_state_dict(resumed["averaged"])
-        adamw.load_state_dict(resumed["optimizers"][0])
-        muon.load_state_dict(resumed["optimizers"][1])
-        step, earlier = resumed["step"], resumed["seconds"]
-    first = step
+        restore(resumed, model, averaged, optimisers, p)
+    first = p.step
     engine = torch.nn.parallel.DistributedDataParallel(model) if team.size > 1 else model
+    stream = iter(loader(samples, islice(batches, first, None), s.workers, device.type == "cuda"))
 
-    workers = s.workers
-    if workers < 0:
-        workers = 0 if samples.graphs is not None else max(1, os.cpu_count() // team.size - 1)
-    batches = islice(chain.from_iterable(plans), first, None)
-    stream = iter(loader(samples, batches, workers, device.type == "cuda"))
-
+    # Only the first process writes
     log = Log(folder, valid, resumed["log"] if resumed else 0) if team.rank == 0 else None
-    data = frames.fingerprint()
-    start = time.perf_counter()
-    seen, edges, slots = 0, 0, 0  # structures, neighbours, neighbours with padding
-    waited, watching = 0.0, 0.0  # seconds
+    kept = {"settings": asdict(s), "data": frames.fingerprint()}  # in every checkpoint
+    p.begin()
+    if not resumed:
+        save(folder, log, model, averaged, optimisers, p, kept)
 
-    def elapsed() -> float:
-        return earlier + time.perf_counter() - start
-
-    def done(seconds: float) -> float:
-        """How much of the training is over, 0 … 1."""
-        clock = seconds / (60 * s.minutes) if s.minutes else 0.0
-        return min(1.0, max(step / steps, clock))
-
-    def save() -> float:
-        if team.rank == 0:
-            facet.save(averaged, folder / "model.pt")
-            facet.save(model, folder / "checkpoint.pt", averaged=averaged.state_dict(),
-                       optimizers=[adamw.state_dict(), muon.state_dict()], step=step,
-                       seconds=elapsed(), settings=asdict(s), log=os.path.getsize(log.path),
-                       data=data)
-        return elapsed()
-
-    progress = done(earlier)
-    origin = earlier, progress  # from where the time left is reckoned
-    saved = earlier if resumed else save()
     with interruptible() as interrupted:
-        while progress < 1:
-            # A batch; the first steps tell how long it will take
-            moment = time.perf_counter()
-            rows, batch, target = next(stream)
-            if isinstance(batch, str):
-                raise BadInput(batch)
-            edges += int(target["edges"])
-            slots += batch.src.numel()
-            batch = batch.to(device)
-            target = {name: label.to(device, non_blocking=True) for name, label in target.items()}
-            waited += time.perf_counter() - moment
-
-            # Forward: three losses, the energy's weight grows from a twentieth
-            labelled = team.sum(target["count"].clone())  # [3]
+        while p.share < 1:
+            # Forward: a loss for each label
+            rows, batch, target = fetch(stream, device, p)
+            count = team.sum(target["count"].clone())  # [3]
             out = engine(batch, differentiable=True)
-            parts = losses(out, target, labelled, model.config.energy_scale, s.huber)  # [3]
-            weights = s.energy_weight * 0.05 ** (1 - progress), 1.0, s.stress_weight
+            parts = losses(out, target, count, model.config.energy_scale, s.huber)  # [3]
+            weights = loss_weights(s, p.share)  # [3]
             loss = sum(weight * part for weight, part in zip(weights, parts))
 
             # Backward; DistributedDataParallel takes the mean over processes, and we want the sum
             model.zero_grad()
             (team.size * loss).backward()
             gradient = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-
-            # All processes learn the same: losses, the first one's clock, whether to stop
-            clock = elapsed() if team.rank == 0 else 0.0
-            mine = torch.tensor([clock, len(interrupted)], dtype=torch.float64, device=device)
-            news = torch.cat([parts.detach(), gradient.detach()[None] / team.size, mine])  # [6]
-            *parts, gradient, seconds, stop = team.sum(news).tolist()
+            *parts, gradient, seconds, stop = agree(team, parts, gradient, p, len(interrupted))
             if not np.isfinite([*parts, gradient]).all():
-                give_up(model, samples, rows, s, f"at step {step} of {folder}", team)
+                give_up(model, samples, rows, s, f"at step {p.step} of {folder}", team)
 
             # Step: warm-up, then a cosine to zero; the average of the weights follows
-            schedule = min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * progress))
-            for optimizer, highest in ((adamw, s.lr), (muon, s.muon_lr)):
-                optimizer.param_groups[0]["lr"] = highest * schedule
+            schedule = min(1, (p.step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * p.share))
+            for optimizer in optimisers:
+                optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * schedule
                 optimizer.step()
-            step += 1
-            seen += len(rows)
-            with torch.no_grad():
-                share = 1 - min(s.ema, step / (step + 9))
-                torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), share)
+            line_due = p.count(len(rows), seconds)
+            follow(averaged, model, 1 - min(s.ema, p.step / (p.step + 9)))
 
             # Log twenty times; save then, and every few minutes, and before a stop
-            before, progress = progress, done(seconds)
-            total = sum(weight * part for weight, part in zip(weights, parts))
-            if step == first + 5:
-                origin = seconds, progress  # the first steps are slow
-            left = (seconds - origin[0]) * (1 - progress) / max(progress - origin[1], 1e-9)
-            twentieth = int(20 * progress) > int(20 * before)
+            if p.step == first + 5:
+                p.mark = seconds, p.share  # the first steps are slow
             if log:
-                log.progress(step, steps, left)
-                if step == first + 15:
-                    log.show(f"{steps} steps, {in_epoch} an epoch: about {duration(left)}")
-            if twentieth or stop or seconds > saved + SAVE_SECONDS:
+                log.progress(p.step, steps, p.left(seconds))
+            if log and p.step == first + 15:
+                log.show(f"{steps} steps, {in_epoch} an epoch: about {duration(p.left(seconds))}")
+            if line_due or stop or seconds > p.saved + SAVE_SECONDS:
                 moment = time.perf_counter()
-                if log and twentieth:
-                    rate = seen / (seconds - earlier - watching)
-                    log.line(averaged, step, seconds, left, [total, *parts], s.lr * schedule,
-                             gradient, rate)
-                saved = save()
-                watching += time.perf_counter() - moment
-            if stop and progress < 1:
+                if log and line_due:
+                    log.line(averaged, p.left(seconds), {
+                        "step": p.step, "seconds": seconds, **losses_by_name(weights, parts),
+                        "lr": s.lr * schedule, "gradient": gradient,
+                        "structures_per_s": p.rate(seconds)})
+                save(folder, log, model, averaged, optimisers, p, kept)
+                p.watching += time.perf_counter() - moment
+            if stop and p.share < 1:
                 raise KeyboardInterrupt
-
-    spent = elapsed() - earlier or 1.0
-    return averaged, {
-        "train_seconds": elapsed(), "steps": step, "padding": 1 - edges / max(1, slots),
-        "time": {"model and optimisers": 1 - (waited + watching) / spent,
-                 "waiting for data": waited / spent, "tests and checkpoints": watching / spent}}
-
-
-def length_of(frames: Frames, s: Settings, in_epoch: int) -> int:
-    """Steps of a training, of which an epoch has `in_epoch`."""
-    if s.steps or s.epochs:
-        return s.steps or math.ceil(s.epochs * in_epoch)
-    molecules = not any(atoms.pbc.any() for atoms in sample(frames))
-    return max(EPOCHS * in_epoch, STEPS if molecules else 0)
-
-
-def ten_structures(frames: Frames) -> int:
-    """Atoms in a batch of ten structures of mean size, at most 256."""
-    return int(min(256, 10 * frames.atom_counts().mean()))
+    return averaged, p.summary()
 
 
 def give_up(model: facet.Facet, samples: Samples, rows, s: Settings, where: str, team: Team):
@@ -706,66 +323,13 @@ def give_up(model: facet.Facet, samples: Samples, rows, s: Settings, where: str,
 # ─── Command line ─────────────────────────────────────────────────────────────────────────────────
 
 
-def new_folder(out: Path, name: str) -> Path:
-    """runs/NAME, or runs/NAME-2 … where that holds results already."""
-    for n in count(1):
-        folder = out / (name if n == 1 else f"{name}-{n}")
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            continue
-
-
-def device_of(s: Settings) -> str:
-    """The device of this process. Every process finds its own; it is stored nowhere."""
-    local = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    if not s.device:
-        return local if torch.cuda.is_available() else "cpu"
-    return local if s.device == "cuda" else s.device
-
-
-@contextmanager
-def team_of(device: str):
-    """This process' place among those that torchrun started; alone without torchrun."""
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        yield ALONE
-        return
-    cuda = device.startswith("cuda")
-    if cuda:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12))
-    try:
-        yield Team(dist.get_rank(), dist.get_world_size())
-    finally:
-        dist.destroy_process_group()
-
-
-def checkpoint(folder: Path) -> dict:
-    """What `train` left in a folder. Raises BadInput."""
-    path = folder / "checkpoint.pt"
-    if not path.exists():
-        there = "" if folder.exists() else "; there is no such folder"
-        raise BadInput(f"{folder}: holds no checkpoint.pt to go on from{there}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        settings = content["settings"]
-        for name in ("train", "valid", "test"):
-            settings[name] = tuple(settings[name])
-        Settings(**settings)
-        return content
-    except Exception as error:
-        raise BadInput(f"{path}: is damaged, or was written by another version of train_small.py "
-                       f"({type(error).__name__})") from error
-
-
 def main(s: Settings, out: Path = Path("runs"), resume: Path | None = None,
          command: str = "") -> dict:
     """Read, train, test, draw; returns what result.json holds (other processes: nothing).
 
     With `resume`, the run in that folder goes on; s are its settings. Raises BadInput.
     """
-    device = device_of(s)
+    device = device_of(s.device)
     with team_of(device) as team:
         return train_and_report(s, out, resume, command, device, team)
 
@@ -774,7 +338,7 @@ def train_and_report(s: Settings, out: Path, resume: Path | None, command: str, 
                      team: Team) -> dict:
     """What main does, as one of a team."""
     began = time.perf_counter()
-    resumed = checkpoint(resume) if resume else None
+    resumed = checkpoint(resume, Settings) if resume else None
     out = resume.parent if resume else out
     out.mkdir(parents=True, exist_ok=True)
     s = replace(s, epochs=s.epochs or (0 if s.train else 25),
@@ -882,7 +446,7 @@ def parse(arguments: list[str]) -> tuple[Settings, Path | None]:
         wrong = sorted(set(given) - set(LATER))
         if wrong:
             parser.error(f"--{wrong[0]} cannot be changed when a run goes on; begin a new run")
-        given = {**checkpoint(resume)["settings"], **given}
+        given = {**checkpoint(resume, Settings)["settings"], **given}
     try:
         s = Settings(**given)
     except ValueError as error:

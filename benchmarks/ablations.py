@@ -57,7 +57,7 @@ from torch.nn.functional import silu
 import facet
 import test_facet
 import train_small
-from tools import report
+from tools import batches, report
 
 EQUAL = 0.05  # steps that differ by less take equal time
 
@@ -384,7 +384,7 @@ def make_step(name: str, data: tuple, batch_atoms: int) -> Callable:
     s = train_small.Settings(lr=1e-6, muon_lr=1e-6)  # the weights shall hardly move
     samples = train_small.Samples(train, config)
     crowd = samples.crowd()
-    plan = next(train_small.epochs(samples.atoms, crowd, batch_atoms * crowd.mean(), 0))
+    plan = next(batches.epochs(samples.atoms, crowd, batch_atoms * crowd.mean(), 0))
     _, batch, target = samples[plan[0]]
     optimizers = train_small.optimizers(model, s, 1000)
     weights = torch.tensor([1.0, 1.0, s.stress_weight])

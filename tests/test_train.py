@@ -1,6 +1,6 @@
 """Tests of train_small.py: what a training writes, repeats, refuses and survives.
 
-    pytest tools/test_train_small.py
+    pytest tests/test_train.py
 
 Reports are not drawn here, models are tiny and trainings short. Comparisons and tolerances are
 those of test_facet.py.
@@ -41,7 +41,8 @@ from test_facet import (  # one_thread is a fixture that holds for every test he
     one_thread,  # noqa: F401
     same,
 )
-from tools import database
+from tools import batches, database, statistics
+from tools.run import checkpoint as read_checkpoint
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -87,6 +88,10 @@ def run(folder: Path, out: str = "runs", resume: bool = False, **changes) -> dic
     """A short training on the file in the folder, in folder/out/a."""
     s = train_small.Settings(**{**SHORT, "train": (str(folder / "data.extxyz"),), **changes})
     return train_small.main(s, folder / out, folder / out / "a" if resume else None)
+
+
+def checkpoint(folder: Path) -> dict:
+    return read_checkpoint(folder, train_small.Settings)
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -443,21 +448,21 @@ def test_batches_neither_lose_nor_double_a_frame_and_are_bounded():
     rng = np.random.default_rng(0)
     atoms, crowd = rng.integers(1, 101, 500), rng.choice([10, 20, 45, 90], 500)
     seen = []
-    for batches in islice(train_small.epochs(atoms, crowd, 5000.0, seed=0), 2):
-        assert sorted(np.concatenate(batches)) == list(range(500))
-        cost = [atoms[b].sum() * crowd[b].max() for b in batches]
-        assert all(c <= 6250 or len(b) == 1 for c, b in zip(cost, batches, strict=True))
-        used = sum((atoms[b] * crowd[b]).sum() for b in batches)
+    for plan in islice(batches.epochs(atoms, crowd, 5000.0, seed=0), 2):
+        assert sorted(np.concatenate(plan)) == list(range(500))
+        cost = [atoms[b].sum() * crowd[b].max() for b in plan]
+        assert all(c <= 6250 or len(b) == 1 for c, b in zip(cost, plan, strict=True))
+        used = sum((atoms[b] * crowd[b]).sum() for b in plan)
         assert used > 0.85 * sum(cost), "padding"
-        assert used > 0.7 * 5000 * len(batches), "batches that are not full"
-        seen.append({tuple(b) for b in batches if len(b) > 2})
+        assert used > 0.7 * 5000 * len(plan), "batches that are not full"
+        seen.append({tuple(b) for b in plan if len(b) > 2})
     shuffled = np.array_split(rng.permutation(500), 50)  # control: without sorting there is padding
     assert used < 0.75 * sum(atoms[b].sum() * crowd[b].max() for b in shuffled)
     assert len(seen[0]) > 20 and not seen[0] & seen[1], "two epochs with the same batches"
     for seed in (0, 1):
-        first = next(train_small.epochs(atoms, crowd, 5000.0, seed))
+        first = next(batches.epochs(atoms, crowd, 5000.0, seed))
         assert ({tuple(b) for b in first if len(b) > 2} == seen[0]) == (seed == 0)
-    large = train_small.plan(np.array([1000, 1]), np.array([50, 50]), 10.0, rng)
+    large = batches.plan(np.array([1000, 1]), np.array([50, 50]), 10.0, rng)
     assert len(large) == 2, "a frame larger than a batch is a batch"
 
 
@@ -483,7 +488,7 @@ def test_neighbours_of_a_large_set_are_made_anew_and_its_crowd_is_guessed(tmp_pa
     config = train_small.statistics(frames, train_small.Settings(**SHORT))
     kept = train_small.Samples(frames, config)
     truth = kept.crowd()
-    with mock.patch.object(train_small, "KEPT", 10):
+    with mock.patch.object(batches, "KEPT", 10):
         large = train_small.Samples(frames, config)
         guess = large.crowd()
     assert kept.graphs and large.graphs is None
@@ -604,19 +609,19 @@ def alloys(count: int = 9) -> list[Atoms]:
 def test_reference_energies_are_fitted_given_or_those_of_free_atoms(tmp_path):
     numbers, crystals = np.array([8, 29]), alloys()
     frames = frames_of(tmp_path, crystals)
-    same("fit", train_small.reference_energies(frames, numbers, {}, 5.0), [-5, -3], "slope")
-    given = train_small.reference_energies(frames, numbers, {29: -1.0}, 5.0)
+    same("fit", statistics.reference_energies(frames, numbers, {}, 5.0), [-5, -3], "slope")
+    given = statistics.reference_energies(frames, numbers, {29: -1.0}, 5.0)
     same("given", given[1], -1.0, "exact")
     differ("fit of the other then", given[0], -5.0)
-    other = train_small.reference_energies(frames, np.array([8, 29, 79]), {}, 5.0)
+    other = statistics.reference_energies(frames, np.array([8, 29, 79]), {}, 5.0)
     same("an element that does not occur", other, [-5, -3, 0], "slope")
     free = Atoms("O", cell=[20, 20, 20], pbc=True)
     free.calc = SinglePointCalculator(free, energy=-1.5, forces=np.zeros((1, 3)))
     frames = frames_of(tmp_path, [*crystals, free])
-    found = train_small.reference_energies(frames, numbers, {}, 5.0)
+    found = statistics.reference_energies(frames, numbers, {}, 5.0)
     same("free atom", found[0], -1.5, "float32")
     alike = frames_of(tmp_path, [crystals[0]] * 3)
-    assert np.isfinite(train_small.reference_energies(alike, numbers, {}, 5.0)).all()
+    assert np.isfinite(statistics.reference_energies(alike, numbers, {}, 5.0)).all()
 
 
 def test_given_energies_are_subtracted_before_the_others_are_fitted(tmp_path):
@@ -629,9 +634,9 @@ def test_given_energies_are_subtracted_before_the_others_are_fitted(tmp_path):
     frames = frames_of(tmp_path, crystals)
     want = [-7, -5, -3]
     for given in ({}, {8: -5.0}, {8: -5.0, 29: -3.0}, {6: -7.0, 8: -5.0, 29: -3.0}):
-        found = train_small.reference_energies(frames, numbers, given, 5.0)
+        found = statistics.reference_energies(frames, numbers, given, 5.0)
         same("right ones given", found, want, "slope")
-    found = train_small.reference_energies(frames, numbers, {8: -3.0}, 5.0)
+    found = statistics.reference_energies(frames, numbers, {8: -3.0}, 5.0)
     share = frames.compositions(numbers) / 6
     left = share @ want - share[:, 1] * -3.0
     fit, *_ = np.linalg.lstsq(share[:, [0, 2]], left, rcond=None)
@@ -650,10 +655,10 @@ def test_given_energy_goes_before_that_of_a_free_atom(tmp_path):
     crowded = Atoms("Cu", cell=[2.5, 2.5, 2.5], pbc=True)  # one atom, but not alone
     crowded.calc = SinglePointCalculator(crowded, energy=7.0, forces=np.zeros((1, 3)))
     frames = frames_of(tmp_path, [*alloys(), free])
-    found = train_small.reference_energies(frames, np.array([8, 29]), {8: 4.0}, 5.0)
+    found = statistics.reference_energies(frames, np.array([8, 29]), {8: 4.0}, 5.0)
     same("given", found[0], 4.0, "exact")
     frames = frames_of(tmp_path, [*alloys(60), crowded])
-    found = train_small.reference_energies(frames, np.array([8, 29]), {}, 5.0)
+    found = statistics.reference_energies(frames, np.array([8, 29]), {}, 5.0)
     assert found[1] != 7.0 and found[1] < -2.5, "a crystal of one atom is no free atom"
 
 
@@ -715,7 +720,7 @@ def test_cores_of_a_training_set_end_below_every_pair_in_it(tmp_path):
             if len(of_pair):
                 want[i, j] = of_pair.min()
         graphs = [facet.find_neighbours(atoms, config) for atoms in crystals]
-        found = train_small.shortest_distances(graphs)
+        found = statistics.shortest_distances(graphs)
         assert set(found) == set(want)
         for pair, distance in want.items():
             same(f"shortest distance of {pair}", found[pair], distance, "float32")
@@ -766,12 +771,12 @@ def test_core_ends_below_the_shortest_distance_of_every_pair():
     """Three species; within half the cutoff; 0.85 covalent radii where the data say nothing."""
     numbers, rng = np.array([8, 14, 29]), np.random.default_rng(0)
     free = 0.85 * covalent_radii[numbers]
-    same("without data", train_small.core_radii({}, numbers, 5.0), free, "exact")
-    same("short cutoff", train_small.core_radii({}, numbers, 1.0), np.full(3, 0.5), "exact")
+    same("without data", statistics.core_radii({}, numbers, 5.0), free, "exact")
+    same("short cutoff", statistics.core_radii({}, numbers, 1.0), np.full(3, 0.5), "exact")
     for _ in range(20):
         shortest = {pair: rng.uniform(0.8, 3.0) for pair in combinations_with_replacement(
             range(3), 2)}
-        radii = train_small.core_radii(shortest, numbers, 5.0)
+        radii = statistics.core_radii(shortest, numbers, 5.0)
         for (i, j), distance in shortest.items():
             assert radii[i] + radii[j] <= 0.97 * distance + 1e-12, "a core reaches into the data"
         assert (radii <= free).all() and (radii > 0.2).all()
@@ -854,7 +859,7 @@ def test_killed_run_resumes_to_the_last_bit(tmp_path):
         time.sleep(0.005)
     process.kill()
     process.wait()
-    step = train_small.checkpoint(folder)["step"]
+    step = checkpoint(folder)["step"]
     assert 0 < step < 80, "the run ended before it was killed"
     with mock.patch.object(train_small, "losses", wraps=train_small.losses) as counted:
         run(tmp_path, resume=True, steps=80)
@@ -879,7 +884,7 @@ def test_interrupted_run_resumes_to_the_last_bit_and_changed_data_are_refused(tm
     with mock.patch.object(train_small, "losses", interrupted), pytest.raises(KeyboardInterrupt):
         run(tmp_path)
     assert signal.getsignal(signal.SIGINT) is handler
-    assert train_small.checkpoint(tmp_path / "runs" / "a")["step"] == 5, "the step is ended"
+    assert checkpoint(tmp_path / "runs" / "a")["step"] == 5, "the step is ended"
     run(tmp_path, resume=True)
     assert outcome(tmp_path / "runs" / "a") == outcome(tmp_path / "whole" / "a")
     for changed in (crystals[1:], [*crystals[:11], crystals[0]]):
@@ -922,7 +927,7 @@ def test_checkpoint_is_written_by_the_clock(tmp_path):
         if len(calls) == 8:
             raise KeyboardInterrupt  # as a kill would: nothing is saved any more
         if len(calls) == 7:
-            steps.append(train_small.checkpoint(tmp_path / "runs" / "a")["step"])
+            steps.append(checkpoint(tmp_path / "runs" / "a")["step"])
         return losses(*arguments)
     clock = iter(range(0, 10 ** 9, 120))
     with mock.patch.object(train_small, "losses", stopped), pytest.raises(KeyboardInterrupt):
@@ -948,7 +953,7 @@ def test_sigterm_ends_the_step_and_saves(tmp_path):
             run(tmp_path)
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert train_small.checkpoint(tmp_path / "runs" / "a")["step"] == 5 and not caught
+    assert checkpoint(tmp_path / "runs" / "a")["step"] == 5 and not caught
 
 
 def test_rate_is_that_of_this_life_without_the_log(tmp_path):
@@ -976,7 +981,7 @@ def test_every_process_finds_its_own_device(given, cuda, rank, want, monkeypatch
         monkeypatch.setenv("RANK", "5")  # of another machine: not the number of a device
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     s = train_small.Settings(device=given)
-    assert train_small.device_of(s) == want
+    assert train_small.device_of(s.device) == want
     assert s.device == given
 
 
@@ -995,9 +1000,9 @@ def test_device_is_not_stored_and_a_run_of_a_gpu_goes_on_without_one(tmp_path, c
             mock.patch.object(train_small, "losses", killed), pytest.raises(KeyboardInterrupt):
         run(tmp_path, device="cuda")
     folder = tmp_path / "runs" / "a"
-    content = train_small.checkpoint(folder)
+    content = checkpoint(folder)
     assert content["settings"]["device"] == "cuda" and content["step"] == 4
-    assert train_small.checkpoint(tmp_path / "whole" / "a")["settings"]["device"] == ""
+    assert checkpoint(tmp_path / "whole" / "a")["settings"]["device"] == ""
 
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit):
@@ -1022,7 +1027,7 @@ def test_full_disk_ends_in_one_sentence_and_the_run_can_go_on(tmp_path):
     with mock.patch.object(os, "fsync", full):
         with pytest.raises(train_small.BadInput, match=message):
             run(tmp_path, steps=20)
-    assert 0 < train_small.checkpoint(tmp_path / "runs" / "a")["step"] < 20
+    assert 0 < checkpoint(tmp_path / "runs" / "a")["step"] < 20
     run(tmp_path, resume=True, steps=20)
     run(tmp_path, "whole", steps=20)
     assert outcome(tmp_path / "runs" / "a") == outcome(tmp_path / "whole" / "a")

@@ -1,0 +1,300 @@
+"""A run beside its loop: processes, device, folder, checkpoint, log, interrupts."""
+from __future__ import annotations
+
+import csv
+import math
+import os
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import count
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import facet
+from tools import report
+from tools.frames import BadInput, Frames
+
+WATCHED = 50         # validation frames that the log looks at
+
+
+# ─── Processes, device, folder ────────────────────────────────────────────────────────────────────
+
+
+class Team(NamedTuple):
+    """The processes that train together. The first one speaks and writes."""
+
+    rank: int = 0
+    size: int = 1
+
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over the processes."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+
+ALONE = Team()
+
+
+@contextmanager
+def team_of(device: str):
+    """This process' place among those that torchrun started; alone without torchrun."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        yield ALONE
+        return
+    cuda = device.startswith("cuda")
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12))
+    try:
+        yield Team(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
+
+
+def device_of(asked: str) -> str:
+    """The device of this process. Every process finds its own; it is stored nowhere.
+
+    asked: cpu, cuda, …; "": a GPU if there is one.
+    """
+    local = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if not asked:
+        return local if torch.cuda.is_available() else "cpu"
+    return local if asked == "cuda" else asked
+
+
+def new_folder(out: Path, name: str) -> Path:
+    """runs/NAME, or runs/NAME-2 … where that holds results already."""
+    for n in count(1):
+        folder = out / (name if n == 1 else f"{name}-{n}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+
+
+# ─── Progress ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Progress:
+    """What a training counts; a checkpoint keeps its steps and seconds."""
+
+    steps: int             # of the whole training
+    minutes: float         # after which it ends by the clock; 0: never
+    step: int = 0          # those that are done
+    share: float = 0.0     # how much of the training is over, 0 … 1
+    earlier: float = 0.0   # seconds of the lives before this one, if the run was resumed
+    start: float = 0.0     # of this life, by the clock
+    saved: float = 0.0     # seconds at the last checkpoint
+    mark: tuple[float, float] = (0.0, 0.0)  # seconds and share from where time left is reckoned
+    seen: int = 0          # structures in this life
+    edges: int = 0         # their neighbours
+    slots: int = 0         # the same with padding
+    waited: float = 0.0    # seconds of this life, for data
+    watching: float = 0.0  # and for tests and checkpoints
+
+    def begin(self) -> None:
+        """From here on the clock counts."""
+        self.start = time.perf_counter()
+        self.saved = self.earlier
+        self.share = self.share_at(self.earlier)
+        self.mark = self.earlier, self.share
+
+    def seconds(self) -> float:
+        """Of all lives together."""
+        return self.earlier + time.perf_counter() - self.start
+
+    def share_at(self, seconds: float) -> float:
+        """How much is over, by the steps or by the clock."""
+        clock = seconds / (60 * self.minutes) if self.minutes else 0.0
+        return min(1.0, max(self.step / self.steps, clock))
+
+    def count(self, structures: int, seconds: float) -> bool:
+        """One step more; whether another twentieth of the training is over."""
+        twentieths = int(20 * self.share)
+        self.step += 1
+        self.seen += structures
+        self.share = self.share_at(seconds)
+        return int(20 * self.share) > twentieths
+
+    def left(self, seconds: float) -> float:
+        """Seconds to the end, at the pace since the mark."""
+        return (seconds - self.mark[0]) * (1 - self.share) / max(self.share - self.mark[1], 1e-9)
+
+    def rate(self, seconds: float) -> float:
+        """Structures per second in this life, without the time for tests and checkpoints."""
+        return self.seen / (seconds - self.earlier - self.watching)
+
+    def summary(self) -> dict:
+        """What result.json says of it."""
+        spent = self.seconds() - self.earlier or 1.0
+        return {
+            "train_seconds": self.seconds(),
+            "steps": self.step,
+            "padding": 1 - self.edges / max(1, self.slots),
+            "time": {
+                "model and optimisers": 1 - (self.waited + self.watching) / spent,
+                "waiting for data": self.waited / spent,
+                "tests and checkpoints": self.watching / spent}}
+
+
+# ─── Log ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Log:
+    """A line per interval on the screen and in metrics.csv; on a terminal, a line of progress."""
+
+    columns = ("step seconds loss loss_energy loss_forces loss_stress energy_mae_meV_per_atom "
+               "force_mae_meV_per_A stress_mae_GPa lr gradient structures_per_s").split()
+
+    def __init__(self, folder: Path, valid: Frames, length: int):
+        """length: bytes of metrics.csv that a resumed run keeps; what follows is done again."""
+        self.path = folder / "metrics.csv"
+        self.watched = valid.take(np.random.default_rng(0).permutation(len(valid))[:WATCHED])
+        self.shown = 0.0
+        self.path.touch()
+        os.truncate(self.path, length)
+        if length == 0:
+            self.append(self.columns)
+        print("   step    loss  (energy  forces  stress)   energy MAE    force MAE   stress MAE"
+              "        lr  structures/s      left", flush=True)
+
+    def write(self, row: dict) -> None:
+        """A line that is on the disk when this returns. Raises ValueError for other columns."""
+        if set(row) != set(self.columns):
+            raise ValueError(f"columns {sorted(row)}, not {sorted(self.columns)}")
+        self.append([row[name] for name in self.columns])
+
+    def append(self, cells: list) -> None:
+        with open(self.path, "a", newline="") as file:
+            csv.writer(file).writerow(cells)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def length(self) -> int:
+        """Bytes of metrics.csv."""
+        return os.path.getsize(self.path)
+
+    def errors(self, model: facet.Facet) -> dict[str, float]:
+        """MAE on the watched frames: meV/atom, meV/Å, GPa; nan where there are no labels."""
+        e = report.errors(report.predict(model, self.watched), self.watched)
+        found = [e["energy_mae_meV_per_atom"], e["force_mae_eV_per_A"], e["stress_mae_GPa"]]
+        energy, forces, stress = (math.nan if mae is None else mae for mae in found)
+        return {"energy_mae_meV_per_atom": energy, "force_mae_meV_per_A": 1000 * forces,
+                "stress_mae_GPa": stress}
+
+    def line(self, model: facet.Facet, left: float, row: dict) -> None:
+        """Write and show a row, to which the errors of the model are added; left: seconds."""
+        row = {**row, **self.errors(model)}
+        self.show(
+            "{step:7d} {loss:7.4f} ({loss_energy:7.5f} {loss_forces:7.4f} {loss_stress:7.4f}) "
+            "{energy_mae_meV_per_atom:8.2f} meV {force_mae_meV_per_A:7.1f} meV/Å "
+            "{stress_mae_GPa:8.3f} GPa {lr:9.1e} {structures_per_s:13.1f} {left:>9}".format(
+                **row, left=duration(left)))
+        row["seconds"] = f"{row['seconds']:.1f}"
+        row["structures_per_s"] = f"{row['structures_per_s']:.1f}"
+        self.write(row)
+
+    def progress(self, step: int, steps: int, left: float) -> None:
+        """On a terminal only, twice a second: a line that the next one overwrites."""
+        if sys.stdout.isatty() and time.perf_counter() > self.shown + 0.5:
+            self.shown = time.perf_counter()
+            self.show(f"step {step} of {steps}, {duration(left)} left", end="")
+
+    def show(self, text: str, end: str = "\n") -> None:
+        over = "\r\033[K" if sys.stdout.isatty() else ""
+        print(over + text, end=end, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """90 → 1.5 min."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+# ─── Checkpoint ───────────────────────────────────────────────────────────────────────────────────
+
+
+def restore(resumed: dict, model: facet.Facet, averaged: facet.Facet,
+            optimisers: list[torch.optim.Optimizer], p: Progress) -> None:
+    """Put everything into the state of a checkpoint."""
+    model.load_state_dict(resumed["state"])
+    averaged.load_state_dict(resumed["averaged"])
+    for optimizer, state in zip(optimisers, resumed["optimizers"], strict=True):
+        optimizer.load_state_dict(state)
+    p.step = resumed["step"]
+    p.earlier = resumed["seconds"]
+
+
+def save(folder: Path, log: Log | None, model: facet.Facet, averaged: facet.Facet,
+         optimisers: list[torch.optim.Optimizer], p: Progress, kept: dict) -> None:
+    """Write model.pt, and checkpoint.pt with all it takes to go on. The first process does."""
+    if log:
+        facet.save(averaged, folder / "model.pt")
+        facet.save(
+            model, folder / "checkpoint.pt", averaged=averaged.state_dict(),
+            optimizers=[optimizer.state_dict() for optimizer in optimisers],
+            step=p.step, seconds=p.seconds(), log=log.length(), **kept)
+    p.saved = p.seconds()
+
+
+def checkpoint(folder: Path, settings_class: type) -> dict:
+    """What `train` left in a folder, with settings that fit their class. Raises BadInput."""
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        there = "" if folder.exists() else "; there is no such folder"
+        raise BadInput(f"{folder}: holds no checkpoint.pt to go on from{there}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        settings = content["settings"]
+        for name in ("train", "valid", "test"):
+            settings[name] = tuple(settings[name])
+        settings_class(**settings)
+        return content
+    except Exception as error:
+        raise BadInput(f"{path}: is damaged, or was written by another version of train_small.py "
+                       f"({type(error).__name__})") from error
+
+
+# ─── Interrupts ───────────────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def interruptible():
+    """Ctrl-C and SIGTERM (a batch system's notice) fill a list, so that a step can be ended.
+
+    A second one ends at once.
+    """
+    caught = []
+
+    def notice(number, frame):
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    before = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, notice)
+    except ValueError:
+        pass  # not the main thread, which alone gets signals
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
