@@ -24,7 +24,7 @@ import math
 import shlex
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from itertools import chain, islice
 from numbers import Real
 from pathlib import Path
@@ -37,7 +37,8 @@ from torch.nn.functional import smooth_l1_loss
 import facet
 from tools import report
 from tools.batches import Samples, endless_batches, length_of, loader, ten_structures
-from tools.frames import BadInput, Frames, load, print_to_stderr
+from tools.frames import BadInput, Frames, load_sets, neighbours, print_to_stderr
+from tools.labels import TABLE, name_help
 from tools.run import (
     ALONE,
     Log,
@@ -70,17 +71,34 @@ def setting(default, text: str, least: float | None = None, above: float | None 
     return field(default=default, metadata={"help": text, "least": least, "above": above})
 
 
+def label_settings() -> list[tuple]:
+    """Of each label its name in the files and, unless that is 1, the weight of its loss."""
+    found = []
+    for label in TABLE:
+        found.append((label.name, str, setting("", name_help(label))))
+        text = "; 0: labels are not used"
+        limit = {"least": 0}
+        if label.grows:
+            text = " in the end; forces have 1"
+            limit = {"above": 0}
+        if label.weight is not None:
+            weight = setting(label.weight, f"of the {label.name} loss{text}", **limit)
+            found.append((f"{label.name}_weight", float, weight))
+    return found
+
+
 @dataclass(frozen=True)
-class Settings:
-    """Every hyperparameter, and what the command line shows of it."""
+class Settings(make_dataclass("OfLabels", label_settings(), frozen=True)):
+    """Every hyperparameter, and what the command line shows of it.
+
+    Besides those below, for each label of tools/labels.py its name and weight: energy, forces,
+    stress, energy_weight, stress_weight.
+    """
 
     # Data
     train: tuple[str, ...] = setting((), "files to train on; none: an embedded set of EMT metals")
     valid: tuple[str, ...] = setting((), "files to validate on; none: a tenth of train; 0: nothing")
     test: tuple[str, ...] = setting((), "files to test on; none: a tenth of train; 0: nothing")
-    energy: str = setting("", "name of the energy in the files; by default energy")
-    forces: str = setting("", "name of the forces; by default forces")
-    stress: str = setting("", "name of the stress (if virial is in it: of the virial in eV)")
     E0: str = setting("", "eV of free atoms, such as Si=-0.79,O=-1.56; others are fitted")
     species: str = setting("", "elements to know, such as Si,O, or all; by default those of train")
     strict: bool = setting(False, "warnings about the data are errors")
@@ -109,8 +127,6 @@ class Settings:
     muon_lr: float = setting(1e-2, "highest learning rate of Muon, for matrices that mix", above=0)
     muon_decay: float = setting(5.0, "weight decay of Muon over a whole run, in powers of e", 0)
     ema: float = setting(0.99, "averaging of the weights that are tested and saved, below 1", 0)
-    energy_weight: float = setting(1.0, "of the energy loss in the end; forces have 1", above=0)
-    stress_weight: float = setting(0.1, "of the stress loss; 0: labels are not used", 0)
     huber: float = setting(0.1, "errors count linearly beyond this times the force RMS", above=0)
 
     def __post_init__(self):
@@ -141,33 +157,53 @@ class Settings:
 
 
 def losses(out: dict, target: dict, count: torch.Tensor, scale: float, huber: float):
-    """Huber losses of energy per atom, forces, and virial per atom, in units of the scale; [3].
+    """The Huber loss of each label, [3]: energy per atom, forces, virial per atom, over the scale.
 
     out: of the model; target: as Samples gives it; count [3]: how many labels all processes have.
     Each is a sum over this process' share, divided by what all have: summed over the processes it
     is the mean. Where there is no label the error counts as zero.
     """
-    atoms = target["atoms"]  # [S]
     total = []
-    for name, per, beta in (("energy", atoms, huber / 10), ("forces", 1, huber),
-                            ("virial", atoms[:, None, None], huber)):
-        labelled = target[name].isfinite()
-        error = (out[name] - target[name].nan_to_num()) / per / scale
+    for label in TABLE:
+        labelled = target[label.output].isfinite()
+        error = out[label.output] - target[label.output].nan_to_num()  # [N, …] or [S, …]
+        if label.extensive or label.per_volume:
+            error = (error.movedim(0, -1) / target["atoms"]).movedim(-1, 0)  # [S, …]
+        if label.scaled:
+            error = error / scale
+        beta = huber / label.sharper
         loss = smooth_l1_loss(error, torch.zeros_like(error), beta=beta, reduction="none")
         total.append((loss * labelled).sum().float())
     return torch.stack(total) / count.clamp(min=1)  # [3]
 
 
-def loss_weights(s: Settings, share: float) -> tuple[float, float, float]:
-    """Of energy, forces, stress; the energy's grows from a twentieth to the end of the training."""
-    return s.energy_weight * 0.05 ** (1 - share), 1.0, s.stress_weight
+def loss_weights(s: Settings, share: float) -> list[float]:
+    """Of each label; that of the energy grows from a twentieth to the end of the training."""
+    weights = []
+    for label in TABLE:
+        weight = 1.0 if label.weight is None else getattr(s, f"{label.name}_weight")
+        weights.append(weight * 0.05 ** (1 - share) if label.grows else weight)
+    return weights
 
 
-def losses_by_name(weights, parts) -> dict[str, float]:
+def losses_by_name(weights: list[float], parts: list[float]) -> dict[str, float]:
     """Columns of the log: the loss that was minimised, and its parts."""
-    total = sum(weight * part for weight, part in zip(weights, parts))
-    names = ("loss_energy", "loss_forces", "loss_stress")
-    return {"loss": total, **dict(zip(names, parts, strict=True))}
+    row = {"loss": sum(weight * part for weight, part in zip(weights, parts, strict=True))}
+    for label, part in zip(TABLE, parts, strict=True):
+        row[f"loss_{label.name}"] = part
+    return row
+
+
+def check_outputs(model: facet.Facet, frames: Frames) -> None:
+    """Raise BadInput if there is a label that the model does not predict."""
+    device = next(model.parameters()).device
+    graph = neighbours(frames[0], model.config)
+    out = model(facet.make_batch([graph], model.config.cutoff).to(device))
+    for label in TABLE:
+        if label.output not in out:
+            raise BadInput(f"{label.name} is a label, but the model has no output "
+                           f"{label.output} to learn it: add it to Facet.atomic_outputs, or take "
+                           "the label out of tools/labels.py")
 
 
 # ─── Optimisers ───────────────────────────────────────────────────────────────────────────────────
@@ -348,7 +384,7 @@ def train_and_report(s: Settings, out: Path, resume: Path | None, command: str, 
     for turn in (team.rank == 0, team.rank != 0):
         if turn:
             speak = team.rank == 0 and not resumed  # one process, once
-            frames, valid, test = load(s, out, print_to_stderr if speak else None)
+            frames, valid, test = load_sets(s, out, print_to_stderr if speak else None)
         if team.size > 1:
             dist.barrier()
     if resumed and resumed["data"] != frames.fingerprint():
@@ -362,6 +398,7 @@ def train_and_report(s: Settings, out: Path, resume: Path | None, command: str, 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(s.seed)
         model = facet.Facet(config).to(device)
+    check_outputs(model, frames)
     parameters = sum(p.numel() for p in model.parameters())
 
     folder = resume or (new_folder(out, s.name) if team.rank == 0 else out)

@@ -80,7 +80,7 @@ def file_of(folder: Path, crystals: list[Atoms], name: str = "data.extxyz") -> s
 
 
 def frames_of(folder: Path, crystals: list[Atoms]):
-    return train_small.load(train_small.Settings(
+    return train_small.load_sets(train_small.Settings(
         train=(file_of(folder, crystals),), valid=("0",), test=("0",)), folder)[0]
 
 
@@ -161,6 +161,34 @@ def test_log_watches_validation_by_the_saved_model_and_never_the_test_set(tmp_pa
     assert all(row["force_mae_meV_per_A"] == "nan" for row in rows)
 
 
+def test_line_of_the_log_names_every_column(tmp_path):
+    """One that is missing or too many is an error, not a shift of the others."""
+    log = train_small.Log(tmp_path, frames_of(tmp_path, copper(2)), 0)
+    row = dict.fromkeys(log.columns, 1.5)
+    log.write(dict(reversed(row.items())))
+    assert metrics(tmp_path) == [dict.fromkeys(log.columns, "1.5")]
+    for wrong in ({**row, "loss_charges": 2.5}, {name: 1.5 for name in row if name != "lr"}):
+        with pytest.raises(ValueError, match="^columns .*, not "):
+            log.write(wrong)
+    assert len(metrics(tmp_path)) == 1
+
+
+def test_label_that_the_model_does_not_predict_is_refused(tmp_path):
+    """A label too many in the table, or an output too few."""
+    file_of(tmp_path, copper())
+    forward = facet.Facet.forward
+
+    def without_virial(self, *arguments, **more):
+        out = forward(self, *arguments, **more)
+        del out["virial"]
+        return out
+    with mock.patch.object(facet.Facet, "forward", without_virial):
+        with pytest.raises(train_small.BadInput, match="stress is a label, but .* output virial"):
+            run(tmp_path)
+    assert not list((tmp_path / "runs").iterdir()), "something was written"
+    run(tmp_path, steps=1)
+
+
 def test_log_watches_fifty_frames_from_all_of_validation(tmp_path):
     """The same ones in every run of these data."""
     frames = frames_of(tmp_path, copper(120))
@@ -177,7 +205,7 @@ def test_length_of_a_training(tmp_path):
     for train, epochs, want in ((("data.extxyz",), 0.0, 0), ((), 0.0, 25), ((), 3.0, 3)):
         s = train_small.Settings(train=train, epochs=epochs, name="e")
         parts = (frames, frames[:0], frames[:0])
-        with mock.patch.object(train_small, "load", lambda *_, parts=parts: parts), \
+        with mock.patch.object(train_small, "load_sets", lambda *_, parts=parts: parts), \
                 mock.patch.object(train_small, "train", side_effect=KeyboardInterrupt) as called:
             with pytest.raises(KeyboardInterrupt):
                 train_small.main(s, tmp_path / "runs")
@@ -753,7 +781,8 @@ def test_no_material_is_on_two_sides(kind, tmp_path):
         path = str(tmp_path / "data.db")
     sides, sizes = [], []
     for seed in range(4):
-        parts = train_small.load(train_small.Settings(train=(path,), seed=seed), tmp_path, None)
+        s = train_small.Settings(train=(path,), seed=seed)
+        parts = train_small.load_sets(s, tmp_path, None)
         names = [{atoms.info["material"] for atoms in part} for part in parts]
         assert [len(part) for part in parts] == [3 * len(of) for of in names]
         assert sum(map(len, parts)) == 60 and len(set.union(*names)) == 20
@@ -762,7 +791,7 @@ def test_no_material_is_on_two_sides(kind, tmp_path):
         sizes.append(sum(map(len, names)))
     assert sizes == [20] * 4, "a material is on two sides"
     assert len({valid for valid, _ in sides}) > 1 and len({test for _, test in sides}) > 1
-    alone = [train_small.load(train_small.Settings(train=(path,), test=("0",), seed=seed),
+    alone = [train_small.load_sets(train_small.Settings(train=(path,), test=("0",), seed=seed),
                               tmp_path, None)[1].fingerprint() for seed in range(3)]
     assert len(set(alone)) == 3, "every seed sets aside the same for validation"
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from ase.stress import voigt_6_to_full_3x3_stress
 
 import facet
 from tools.frames import BadInput, Frames, neighbours, sample
+from tools.labels import TABLE, Label
 from tools.run import ALONE, Team
 
 if TYPE_CHECKING:
@@ -66,8 +66,9 @@ class Samples(torch.utils.data.Dataset):
     def __getitem__(self, rows: np.ndarray):
         """rows, batch and target of this process' share of them; or rows, what is wrong, None.
 
-        target: energy [S] eV, forces [N, 3] eV/Å and virial [S, 3, 3] eV, nan where there is no
-        label; atoms [S]; count [3], how many energies, forces and virials are labelled; edges.
+        target: what each output of the model should be, energy [S] eV, forces [N, 3] eV/Å and
+        virial [S, 3, 3] eV, nan where there is no label; atoms [S]; count [3], how many numbers
+        of each label there are; edges.
         """
         share = rows[self.team.rank::self.team.size]
         idle = len(share) == 0  # more processes than frames: this one computes, but counts nothing
@@ -77,25 +78,29 @@ class Samples(torch.utils.data.Dataset):
         except BadInput as error:  # an exception would not leave a loader process in one piece
             return rows, str(error), None
 
-        energy, forces, virial = [], [], []
-        for i, graph in zip(share, graphs):
-            labels = self.frames[int(i)].calc.results
-            energy.append(labels.get("energy", np.nan))
-            forces.append(labels.get("forces", np.full((len(graph.species), 3), np.nan)))
-            stress = voigt_6_to_full_3x3_stress(labels.get("stress", np.full(6, np.nan)))
-            virial.append(stress * graph.volume)  # [3, 3]
-
-        target = {
-            "energy": torch.tensor(energy, dtype=torch.float64),
-            "forces": torch.from_numpy(np.concatenate(forces)).float(),
-            "virial": torch.from_numpy(np.stack(virial)).float(),
-        }
+        found = [self.frames[int(i)].calc.results for i in share]
+        target = {label.output: target_of(label, found, graphs) for label in TABLE}
         if idle:
             target = {name: torch.full_like(label, np.nan) for name, label in target.items()}
         target["count"] = torch.stack([label.isfinite().sum() for label in target.values()])
         target["atoms"] = torch.tensor([len(graph.species) for graph in graphs])
         target["edges"] = torch.tensor(sum(len(graph.dst) for graph in graphs))
         return rows, facet.make_batch(graphs, self.config.cutoff), target
+
+
+def target_of(label: Label, found: list[dict], graphs: list[facet.Neighbours]) -> torch.Tensor:
+    """What the model's output should be for these frames, nan where there is no label.
+
+    found: the labels of each frame. Shape [N, …] if there is a row for each atom, else [S, …].
+    """
+    values = []
+    for results, graph in zip(found, graphs, strict=True):
+        value = label.array(results, len(graph.species))  # [n, …] or […]
+        values.append(value * graph.volume if label.per_volume else value)
+    joined = np.concatenate(values) if label.per_atom else np.stack(values)
+
+    # Totals reach 10⁵ eV and differ by meV
+    return torch.from_numpy(joined).to(torch.float64 if label.extensive else torch.float32)
 
 
 def ten_structures(frames: Frames) -> int:

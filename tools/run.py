@@ -21,6 +21,7 @@ import torch.distributed as dist
 import facet
 from tools import report
 from tools.frames import BadInput, Frames
+from tools.labels import LABELS, TABLE
 
 WATCHED = 50         # validation frames that the log looks at
 
@@ -158,8 +159,9 @@ class Progress:
 class Log:
     """A line per interval on the screen and in metrics.csv; on a terminal, a line of progress."""
 
-    columns = ("step seconds loss loss_energy loss_forces loss_stress energy_mae_meV_per_atom "
-               "force_mae_meV_per_A stress_mae_GPa lr gradient structures_per_s").split()
+    columns = ("step", "seconds", "loss", *[f"loss_{name}" for name in LABELS],
+               *[label.log.column(label.quantity, "mae") for label in TABLE],
+               "lr", "gradient", "structures_per_s")
 
     def __init__(self, folder: Path, valid: Frames, length: int):
         """length: bytes of metrics.csv that a resumed run keeps; what follows is done again."""
@@ -170,8 +172,10 @@ class Log:
         os.truncate(self.path, length)
         if length == 0:
             self.append(self.columns)
-        print("   step    loss  (energy  forces  stress)   energy MAE    force MAE   stress MAE"
-              "        lr  structures/s      left", flush=True)
+        parts = " ".join(f"{name:>7}" for name in LABELS).lstrip()
+        maes = "".join(f"{label.quantity + ' MAE':>13}" for label in TABLE)
+        print(f"{'step':>7} {'loss':>7}  ({parts}){maes}{'lr':>10}{'structures/s':>14}{'left':>10}",
+              flush=True)
 
     def write(self, row: dict) -> None:
         """A line that is on the disk when this returns. Raises ValueError for other columns."""
@@ -180,7 +184,7 @@ class Log:
         self.append([row[name] for name in self.columns])
 
     def append(self, cells: list) -> None:
-        with open(self.path, "a", newline="") as file:
+        with open(self.path, "a", newline="", encoding="utf-8") as file:
             csv.writer(file).writerow(cells)
             file.flush()
             os.fsync(file.fileno())
@@ -190,21 +194,28 @@ class Log:
         return os.path.getsize(self.path)
 
     def errors(self, model: facet.Facet) -> dict[str, float]:
-        """MAE on the watched frames: meV/atom, meV/Å, GPa; nan where there are no labels."""
-        e = report.errors(report.predict(model, self.watched), self.watched)
-        found = [e["energy_mae_meV_per_atom"], e["force_mae_eV_per_A"], e["stress_mae_GPa"]]
-        energy, forces, stress = (math.nan if mae is None else mae for mae in found)
-        return {"energy_mae_meV_per_atom": energy, "force_mae_meV_per_A": 1000 * forces,
-                "stress_mae_GPa": stress}
+        """MAE of each label on the watched frames; nan where there are no labels."""
+        found = report.errors(report.predict(model, self.watched), self.watched)
+        columns = {}
+        for label in TABLE:
+            mae = found[label.report.column(label.quantity, "mae")]
+            scale = label.log.factor / label.report.factor
+            name = label.log.column(label.quantity, "mae")
+            columns[name] = math.nan if mae is None else scale * mae
+        return columns
 
     def line(self, model: facet.Facet, left: float, row: dict) -> None:
         """Write and show a row, to which the errors of the model are added; left: seconds."""
         row = {**row, **self.errors(model)}
-        self.show(
-            "{step:7d} {loss:7.4f} ({loss_energy:7.5f} {loss_forces:7.4f} {loss_stress:7.4f}) "
-            "{energy_mae_meV_per_atom:8.2f} meV {force_mae_meV_per_A:7.1f} meV/Å "
-            "{stress_mae_GPa:8.3f} GPa {lr:9.1e} {structures_per_s:13.1f} {left:>9}".format(
-                **row, left=duration(left)))
+        parts = []
+        maes = []
+        for label in TABLE:
+            parts.append(f"{row['loss_' + label.name]:7.{label.loss_digits}f}")
+            mae = row[label.log.column(label.quantity, "mae")]
+            unit = label.log.text.removesuffix("/atom")
+            maes.append(f"{mae:{label.log.width}.{label.log.digits}f} {unit}")
+        self.show(f"{row['step']:7d} {row['loss']:7.4f} ({' '.join(parts)}) {' '.join(maes)} "
+                  f"{row['lr']:9.1e} {row['structures_per_s']:13.1f} {duration(left):>9}")
         row["seconds"] = f"{row['seconds']:.1f}"
         row["structures_per_s"] = f"{row['structures_per_s']:.1f}"
         self.write(row)
