@@ -282,7 +282,8 @@ def test_bad_frame_stops_the_conversion_and_is_named(tmp_path, capsys):
     (tmp_path / "m.json").write_text(json.dumps(content))
     assert database.main([str(tmp_path / "m.json"), str(tmp_path / "a.db")]) == 1
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {tmp_path / 'm.json'}, frame {key}: a component of the force is NaN")
+    where = f"error: {tmp_path / 'm.json'}, frame {key}: "
+    assert error.startswith(where + "a component of the force is NaN")
     assert error.count("\n") == 1
 
 
