@@ -87,12 +87,32 @@ def label_settings() -> list[tuple]:
     return found
 
 
+MODEL = {  # the fields of facet.Config that are chosen; Config has their defaults and checks them
+    "cutoff": "Å, how far an atom sees in one layer",
+    "degree": "L, highest degree of the features",
+    "channels": "C, copies of every feature",
+    "groups": "B, groups of channels with radial functions of their own",
+    "layers": "T, number of message-passing layers",
+    "activation": "of the grid layer: product or silu",
+}
+
+
+def model_settings() -> list[tuple]:
+    """Those fields, as Config has them."""
+    kinds = {name: type(getattr(facet.Config, name)) for name in MODEL}
+    return [(name, kinds[name], setting(getattr(facet.Config, name), text))
+            for name, text in MODEL.items()]
+
+
+SHARED = make_dataclass("Shared", label_settings() + model_settings(), frozen=True)
+
+
 @dataclass(frozen=True)
-class Settings(make_dataclass("OfLabels", label_settings(), frozen=True)):
+class Settings(SHARED):
     """Every hyperparameter, and what the command line shows of it.
 
-    Besides those below, for each label of tools/labels.py its name and weight: energy, forces,
-    stress, energy_weight, stress_weight.
+    Besides those below: those of the model, which are MODEL, and of each label of tools/labels.py
+    its name in the files and its weight (energy, forces, stress, energy_weight, stress_weight).
     """
 
     # Data
@@ -113,14 +133,6 @@ class Settings(make_dataclass("OfLabels", label_settings(), frozen=True)):
     threads: int = setting(0, "CPU threads; 0: as PyTorch chooses", 0)
     workers: int = setting(-1, "processes that make neighbour lists; -1: as many as it takes", -1)
 
-    # Model
-    cutoff: float = setting(5.0, "Å, how far an atom sees in one layer", above=0)
-    degree: int = setting(2, "L, highest degree of the features", 0)
-    channels: int = setting(32, "C, copies of every feature", 1)
-    groups: int = setting(8, "B, groups of channels with radial functions of their own", 1)
-    layers: int = setting(3, "T, number of message-passing layers", 1)
-    activation: str = setting("product", "of the grid layer: product or silu")
-
     # Optimisation
     batch_atoms: int = setting(0, "atoms per step; 0: those of ten structures, at most 256", 0)
     lr: float = setting(5e-3, "highest learning rate of AdamW", above=0)
@@ -130,27 +142,33 @@ class Settings(make_dataclass("OfLabels", label_settings(), frozen=True)):
     huber: float = setting(0.1, "errors count linearly beyond this times the force RMS", above=0)
 
     def __post_init__(self):
-        """Raise ValueError, in one sentence, for a value out of range."""
+        """Raise BadInput, in one sentence, for a value out of range."""
         for f in fields(self):
             value = getattr(self, f.name)
             least = f.metadata["least"]
             above = f.metadata["above"]
-            if type(f.default) in (int, float) and not isinstance(value, Real):
-                raise ValueError(f"--{f.name} {value!r}: must be a number")
+            if least is None and above is None:
+                continue
+            if not isinstance(value, Real):
+                raise BadInput(f"--{f.name} {value!r}: must be a number")
             if least is not None and not least <= value < math.inf:
-                raise ValueError(f"--{f.name} {value}: must be a number from {least} on")
+                raise BadInput(f"--{f.name} {value}: must be a number from {least} on")
             if above is not None and not above < value < math.inf:
-                raise ValueError(f"--{f.name} {value}: must be a number above {above}")
+                raise BadInput(f"--{f.name} {value}: must be a number above {above}")
             if type(f.default) is int and value != int(value):
-                raise ValueError(f"--{f.name} {value}: must be a whole number")
+                raise BadInput(f"--{f.name} {value}: must be a whole number")
         if self.ema >= 1:
-            raise ValueError(f"--ema {self.ema}: must be below 1")
+            raise BadInput(f"--ema {self.ema}: must be below 1")
         if self.seed >= 2 ** 63:
-            raise ValueError(f"--seed {self.seed}: must be below 2⁶³")
-        if self.channels % self.groups:
-            raise ValueError(f"--groups {self.groups}: must divide --channels {self.channels}")
-        if self.activation not in ("product", "silu"):
-            raise ValueError(f"--activation {self.activation}: must be product or silu")
+            raise BadInput(f"--seed {self.seed}: must be below 2⁶³")
+        self.config(("H",))
+
+    def config(self, species: tuple[str, ...]) -> facet.Config:
+        """Of a model of these species before it knows its training set. Raises BadInput."""
+        try:
+            return facet.Config(species, **{name: getattr(self, name) for name in MODEL})
+        except ValueError as error:
+            raise BadInput(str(error)) from None
 
 
 # ─── Losses ───────────────────────────────────────────────────────────────────────────────────────
@@ -427,25 +445,31 @@ def train_and_report(s: Settings, out: Path, resume: Path | None, command: str, 
     if team.rank:
         return {}
 
-    # Test, once; whatever happens there, the training is kept
+    # What was trained is kept, whatever happens in the test, which comes once
     result = {
         "parameters": parameters, **trained, "command": command, "settings": asdict(s),
         "config": asdict(config), "processes": team.size, "torch": torch.__version__,
         "torch_threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu"}
+    write_result(folder, result, began)
     try:
         result.update(report.report(folder))
-    except Exception as error:
-        print(f"the report failed ({type(error).__name__}: {error}); the training is whole. Try "
-              f"again with: python -m tools.report {folder}", file=sys.stderr)
-    result["total_seconds"] = time.perf_counter() - began
-    (folder / "result.json").write_text(json.dumps(result, indent=1))
+    except (BadInput, OSError) as error:
+        print(f"the report failed ({error}); the training is whole. Try again with: "
+              f"python -m tools.report {folder}", file=sys.stderr)
+    write_result(folder, result, began)
 
     shares = ", ".join(f"{100 * share:.1f} % {what}" for what, share in trained["time"].items())
     print(f"\ntime in training: {shares}; {100 * trained['padding']:.0f} % of the neighbours in "
           f"the batches are padding\n{folder}/: model.pt, checkpoint.pt, metrics.csv, result.json, "
           f"report.png; {result['total_seconds']:.0f} s in all")
     return result
+
+
+def write_result(folder: Path, result: dict, began: float) -> None:
+    """Write result.json, with the time since the program began."""
+    result["total_seconds"] = time.perf_counter() - began
+    (folder / "result.json").write_text(json.dumps(result, indent=1))
 
 
 LATER = ("minutes", "steps", "epochs", "device", "threads", "workers")  # may change when resumed
@@ -459,7 +483,8 @@ def parse(arguments: list[str]) -> tuple[Settings, Path | None]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for f in fields(Settings):
+    own_first = sorted(fields(Settings), key=lambda f: f.name in SHARED.__dataclass_fields__)
+    for f in own_first:
         shown = "" if f.default in ((), "", 0, -1) else f" (default {f.default})"
         text = (f.metadata["help"] + shown).replace("%", "%%")
         if isinstance(f.default, tuple):
@@ -486,7 +511,7 @@ def parse(arguments: list[str]) -> tuple[Settings, Path | None]:
         given = {**checkpoint(resume, Settings)["settings"], **given}
     try:
         s = Settings(**given)
-    except ValueError as error:
+    except BadInput as error:
         parser.error(str(error))
     if s.test not in ((), ("0",)) and not s.train:
         parser.error("--test without --train: say what to train on")
@@ -504,7 +529,7 @@ if __name__ == "__main__":
             torch.set_num_threads(settings.threads)
         words = shlex.join(["python", *sys.argv])
         main(settings, resume=going_on, command=words)
-    except (BadInput, ValueError, OSError) as error:
+    except (BadInput, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -836,6 +836,7 @@ def test_statistics_are_those_of_the_training_set(tmp_path):
     ({"E0": "Cu"}, "must look like --E0"), ({"E0": "Qq=1"}, "must look like --E0"),
     ({"E0": "Cu=x"}, "must look like --E0"), ({"E0": "Cu=1=2"}, "must look like --E0"),
     ({"species": "Cu,Qq"}, "must look like --E0"), ({"species": "cu,Au"}, "must look like --E0"),
+    ({"species": "Cu,X"}, "species must be different chemical symbols"),
     ({"E0": "Cu=-1,Cu=-2"}, "^--E0 Cu=-1,Cu=-2: names an element twice"),
     ({"E0": "Cu=1,Au=2,Cu=1"}, "^--E0 .*: names an element twice"),
     ({"species": "Cu,Au,Cu"}, "^--species Cu,Au,Cu: names an element twice"),
@@ -1080,12 +1081,17 @@ def test_loss_that_is_nan_names_the_frame(tmp_path):
 
 
 def test_failed_report_leaves_the_training_whole(tmp_path, capsys):
+    """Bad input and a full disk are told in a sentence, a mistake in a program by its traceback."""
     file_of(tmp_path, copper())
+    for name, error in (("bad", train_small.BadInput("no")), ("full", OSError("no"))):
+        with mock.patch.object(train_small.report, "report", side_effect=error):
+            run(tmp_path, name, steps=3)
+        assert "the report failed (no); the training is whole" in capsys.readouterr().err
+        assert json.loads((tmp_path / name / "a" / "result.json").read_text())["steps"] == 3
     with mock.patch.object(train_small.report, "report", side_effect=ZeroDivisionError("no")):
-        run(tmp_path)
-    text = capsys.readouterr().err
-    assert "the report failed (ZeroDivisionError: no); the training is whole" in text
-    assert json.loads((tmp_path / "runs" / "a" / "result.json").read_text())["steps"] == 12
+        with pytest.raises(ZeroDivisionError):
+            run(tmp_path, "mistake", steps=3)
+    assert json.loads((tmp_path / "mistake" / "a" / "result.json").read_text())["steps"] == 3
 
 
 def test_old_results_are_never_overwritten(tmp_path):
@@ -1101,11 +1107,10 @@ def test_old_results_are_never_overwritten(tmp_path):
     (["--trian", "x"], "unrecognized arguments: --trian"),
     (["--lr", "fast"], "invalid float value: 'fast'"), (["--lr", "-1"], "must be a number above 0"),
     (["--lr", "nan"], "must be a number above 0"), (["--huber", "0"], "must be a number above 0"),
-    (["--channels", "0"], "must be a number from 1 on"), (["--ema", "1"], "must be below 1"),
+    (["--channels", "0"], "channels"), (["--ema", "1"], "must be below 1"),
     (["--epochs", "-1"], "must be a number from 0 on"),
     (["--epochs", "nan"], "must be a number from 0 on"), (["--minutes", "inf"], "from 0 on"),
-    (["--activation", "relu"], "must be product or silu"),
-    (["--channels", "12"], "--groups 8: must divide --channels 12"),
+    (["--activation", "relu"], "activation"), (["--channels", "12"], "groups"),
     (["--test", "x"], "--test without --train"), (["--device", "cdua"], "no such device"),
     (["--resume", "a", "--lr", "1e-3"], "--lr cannot be changed"),
 ), ids=" ".join)
@@ -1117,13 +1122,15 @@ def test_wrong_command_gets_one_sentence(words, message, capsys):
 
 
 NUMBERS = [f for f in fields(train_small.Settings) if type(f.default) in (int, float)]
+LEAST = {"cutoff": 1e-9, "degree": 0, "channels": 1, "groups": 1, "layers": 1}  # facet.Config's
 
 
 def ends(f) -> tuple[list, list]:
     """Values of a numeric flag just outside of its range, and just inside."""
     step = 1 if isinstance(f.default, int) else 1e-9
-    if f.metadata["least"] is not None:
-        outside, inside = [f.metadata["least"] - step], [f.metadata["least"]]
+    least = LEAST.get(f.name, f.metadata["least"])
+    if least is not None:
+        outside, inside = [least - step], [least]
     else:
         outside, inside = [f.metadata["above"]], [f.metadata["above"] + step]
     last = {"ema": (1.0, 1 - 1e-9), "seed": (2 ** 63, 2 ** 63 - 1)}
@@ -1133,27 +1140,39 @@ def ends(f) -> tuple[list, list]:
 
 @pytest.mark.parametrize("f", NUMBERS, ids=lambda f: f.name)
 def test_number_has_a_range_on_the_command_line_and_in_python(f, capsys):
-    assert (f.metadata["least"] is None) != (f.metadata["above"] is None), "a range is missing"
+    """Those of the model are checked by facet.Config, whose sentences name them without dashes."""
+    ranges = [f.metadata["least"], f.metadata["above"], LEAST.get(f.name)]
+    assert ranges.count(None) == 2, "a range is missing, or there are two"
+    name = f.name if f.name in LEAST else f"^--{f.name} .*must be [^\n]*$"
     outside, inside = ends(f)
     for value in outside:
-        with pytest.raises(ValueError, match=f"^--{f.name} .*must be [^\n]*$"):
+        with pytest.raises(train_small.BadInput, match=name):
             train_small.Settings(**{f.name: value})
         with pytest.raises(SystemExit) as error:
             train_small.parse([f"--{f.name}={value}"])
         last = capsys.readouterr().err.splitlines()[-1]
-        assert error.value.code == 2 and f"--{f.name}" in last and last.count("error:") == 1
+        assert error.value.code == 2 and f.name in last and last.count("error:") == 1
     for value in inside:
         fitting = {"channels": {"groups": 1}, "groups": {"channels": value}}.get(f.name, {})
         given = {f.name: value, **fitting}
         s, _ = train_small.parse([f"--{name}={x}" for name, x in given.items()])
         assert s == train_small.Settings(**given)
         assert getattr(s, f.name) == value
+    number = "" if f.name in LEAST else " .*must be a number$"
     for value in ("x", None, [1]):
-        with pytest.raises(ValueError, match=f"^--{f.name} .*must be a number$"):
+        with pytest.raises(train_small.BadInput, match=f"{f.name}{number}"):
             train_small.Settings(**{f.name: value})
     if isinstance(f.default, int):
-        with pytest.raises(ValueError, match=f"^--{f.name} 2.5: must be a whole number$"):
+        whole = "" if f.name in LEAST else " 2.5: must be a whole number$"
+        with pytest.raises(train_small.BadInput, match=f"{f.name}{whole}"):
             train_small.Settings(**{f.name: 2.5})
+
+
+def test_model_has_the_settings_and_the_defaults_of_facet_config():
+    s = train_small.Settings(channels=16, groups=4, cutoff=4)
+    assert s.config(("Si",)) == facet.Config(("Si",), channels=16, groups=4, cutoff=4.0)
+    for name in train_small.MODEL:
+        assert getattr(train_small.Settings(), name) == getattr(facet.Config(("Si",)), name)
 
 
 def test_command_line_gives_the_settings(tmp_path, capsys):
@@ -1189,3 +1208,25 @@ def test_program_ends_with_a_sentence_not_a_traceback(tmp_path):
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.startswith("error: nowhere.extxyz: no such file")
     assert not list(tmp_path.glob("runs/*"))
+
+
+MISTAKE = """
+import runpy, sys, tools.statistics
+
+def wrong(*arguments):
+    raise ValueError("a mistake")
+tools.statistics.reference_energies = wrong
+sys.argv = ["train_small.py", "--train", "data.extxyz", "--valid", "0", "--test", "0"]
+runpy.run_path(%r, run_name="__main__")
+"""
+
+
+def test_program_shows_the_traceback_of_a_mistake(tmp_path):
+    """A ValueError that nobody meant for the user."""
+    file_of(tmp_path, copper())
+    program = str(HERE / "train_small.py")
+    done = subprocess.run([sys.executable, "-c", MISTAKE % program], cwd=tmp_path,
+                          env={**os.environ, "PYTHONPATH": str(HERE)}, capture_output=True,
+                          text=True)
+    assert done.returncode == 1 and "Traceback" in done.stderr
+    assert done.stderr.splitlines()[-1] == "ValueError: a mistake"

@@ -187,6 +187,14 @@ def neighbours(atoms: Atoms, config: facet.Config) -> facet.Neighbours:
         raise BadInput(f"{name}: {error}") from None
 
 
+def load_model(path: str | Path, device: str = "cpu") -> facet.Facet:
+    """facet.load. Raises BadInput."""
+    try:
+        return facet.load(path, device)
+    except (ValueError, FileNotFoundError) as error:
+        raise BadInput(str(error)) from None
+
+
 def expand(patterns: Iterable[str | Path]) -> list[str]:
     """The files that are meant, each once. A file of that very name goes before a glob; ** is any
     depth of folders. Raises BadInput where there is none."""

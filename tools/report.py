@@ -21,7 +21,7 @@ import torch
 
 import facet
 from tools import panels, physics
-from tools.frames import BadInput, load_sets, neighbours, sample
+from tools.frames import BadInput, load_model, load_sets, neighbours, sample
 from tools.labels import TABLE
 
 SAMPLE = 5000  # test structures, evenly spread, that stand for all in a large test set
@@ -264,13 +264,13 @@ def read_run(folder: Path) -> tuple[facet.Facet, SimpleNamespace]:
     device = "cpu"
     if settings.device != "cpu" and torch.cuda.is_available():
         device = settings.device or "cuda"
-    return facet.load(folder / "model.pt", device), settings
+    return load_model(folder / "model.pt", device), settings
 
 
 def report(folder: str | Path) -> dict:
     """Print the test table with its baselines and some physics, draw report.png; the numbers.
 
-    Raises BadInput, or ValueError, where the folder or the data it was trained on cannot be read.
+    Raises BadInput where the folder or the data it was trained on cannot be read.
     """
     folder = Path(folder)
     model, settings = read_run(folder)
@@ -326,7 +326,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     try:
         report(args.folder)
-    except (ValueError, OSError) as error:
+    except (BadInput, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"\n{args.folder / 'report.png'}")
 

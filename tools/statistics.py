@@ -43,10 +43,8 @@ def statistics(frames: Frames, s: Settings) -> facet.Config:
     some = list(sample(frames))
     forces = [atoms.calc.results["forces"] for atoms in some if "forces" in atoms.calc.results]
     scale = robust_scale(forces or [np.zeros((1, 3))])  # eV/Å
-    config = facet.Config(
-        species=tuple(chemical_symbols[z] for z in numbers),
-        cutoff=s.cutoff, degree=s.degree, channels=s.channels, layers=s.layers, groups=s.groups,
-        activation=s.activation, energy_scale=scale or 1.0)
+    config = s.config(tuple(chemical_symbols[z] for z in numbers))
+    config = replace(config, energy_scale=scale or 1.0)
     check_species(frames, config)
     unseen = [symbol for z, symbol in zip(numbers, config.species) if z not in found]
     if unseen and s.species != "all":
