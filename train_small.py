@@ -24,9 +24,8 @@ import math
 import shlex
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
+from dataclasses import asdict, dataclass, fields, make_dataclass, replace
 from itertools import chain, islice
-from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -36,9 +35,26 @@ from torch.nn.functional import smooth_l1_loss
 
 import facet
 from tools import report
-from tools.batches import Samples, endless_batches, length_of, loader, ten_structures
-from tools.frames import BadInput, Frames, load_sets, neighbours, print_to_stderr
-from tools.labels import TABLE, name_help
+from tools.batches import (
+    Samples,
+    check_outputs,
+    endless_batches,
+    fetch,
+    length_of,
+    loader,
+    ten_structures,
+)
+from tools.frames import BadInput, Frames, load_model, load_sets, print_to_stderr
+from tools.labels import TABLE
+from tools.options import (
+    MODEL,
+    check_range,
+    chosen,
+    label_settings,
+    model_settings,
+    setting,
+    taken_from,
+)
 from tools.run import (
     ALONE,
     Log,
@@ -53,7 +69,7 @@ from tools.run import (
     save,
     team_of,
 )
-from tools.statistics import check_species, statistics
+from tools.statistics import check_species, statistics, statistics_of
 
 WEIGHT_DECAY = 1e-3  # of AdamW
 CLIP = 1.0           # longest gradient allowed
@@ -63,47 +79,6 @@ SAVE_SECONDS = 300   # a checkpoint at least this often, and with every line of 
 # ─── Settings ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def setting(default, text: str, least: float | None = None, above: float | None = None):
-    """A field of Settings, with what --help says of it.
-
-    A number must not be below `least`, or must be larger than `above`.
-    """
-    return field(default=default, metadata={"help": text, "least": least, "above": above})
-
-
-def label_settings() -> list[tuple]:
-    """Of each label its name in the files and, unless that is 1, the weight of its loss."""
-    found = []
-    for label in TABLE:
-        found.append((label.name, str, setting("", name_help(label))))
-        text = "; 0: labels are not used"
-        limit = {"least": 0}
-        if label.grows:
-            text = " in the end; forces have 1"
-            limit = {"above": 0}
-        if label.weight is not None:
-            weight = setting(label.weight, f"of the {label.name} loss{text}", **limit)
-            found.append((f"{label.name}_weight", float, weight))
-    return found
-
-
-MODEL = {  # the fields of facet.Config that are chosen; Config has their defaults and checks them
-    "cutoff": "Å, how far an atom sees in one layer",
-    "degree": "L, highest degree of the features",
-    "channels": "C, copies of every feature",
-    "groups": "B, groups of channels with radial functions of their own",
-    "layers": "T, number of message-passing layers",
-    "activation": "of the grid layer: product or silu",
-}
-
-
-def model_settings() -> list[tuple]:
-    """Those fields, as Config has them."""
-    kinds = {name: type(getattr(facet.Config, name)) for name in MODEL}
-    return [(name, kinds[name], setting(getattr(facet.Config, name), text))
-            for name, text in MODEL.items()]
-
-
 SHARED = make_dataclass("Shared", label_settings() + model_settings(), frozen=True)
 
 
@@ -111,8 +86,9 @@ SHARED = make_dataclass("Shared", label_settings() + model_settings(), frozen=Tr
 class Settings(SHARED):
     """Every hyperparameter, and what the command line shows of it.
 
-    Besides those below: those of the model, which are MODEL, and of each label of tools/labels.py
-    its name in the files and its weight (energy, forces, stress, energy_weight, stress_weight).
+    Besides those below: those of the model, MODEL in tools/options.py, and of each label in
+    tools/labels.py its name in the files and its weight (energy, forces, stress, energy_weight,
+    stress_weight).
     """
 
     # Data
@@ -122,6 +98,7 @@ class Settings(SHARED):
     E0: str = setting("", "eV of free atoms, such as Si=-0.79,O=-1.56; others are fitted")
     species: str = setting("", "elements to know, such as Si,O, or all; by default those of train")
     strict: bool = setting(False, "warnings about the data are errors")
+    init: str = setting("", "model.pt to begin from: all of it but E0, which is fitted to the rest")
 
     # Run
     name: str = setting("", "results go to runs/NAME; by default the name of the first file")
@@ -144,19 +121,7 @@ class Settings(SHARED):
     def __post_init__(self):
         """Raise BadInput, in one sentence, for a value out of range."""
         for f in fields(self):
-            value = getattr(self, f.name)
-            least = f.metadata["least"]
-            above = f.metadata["above"]
-            if least is None and above is None:
-                continue
-            if not isinstance(value, Real):
-                raise BadInput(f"--{f.name} {value!r}: must be a number")
-            if least is not None and not least <= value < math.inf:
-                raise BadInput(f"--{f.name} {value}: must be a number from {least} on")
-            if above is not None and not above < value < math.inf:
-                raise BadInput(f"--{f.name} {value}: must be a number above {above}")
-            if type(f.default) is int and value != int(value):
-                raise BadInput(f"--{f.name} {value}: must be a whole number")
+            check_range(f, getattr(self, f.name))
         if self.ema >= 1:
             raise BadInput(f"--ema {self.ema}: must be below 1")
         if self.seed >= 2 ** 63:
@@ -212,18 +177,6 @@ def losses_by_name(weights: list[float], parts: list[float]) -> dict[str, float]
     return row
 
 
-def check_outputs(model: facet.Facet, frames: Frames) -> None:
-    """Raise BadInput if there is a label that the model does not predict."""
-    device = next(model.parameters()).device
-    graph = neighbours(frames[0], model.config)
-    out = model(facet.make_batch([graph], model.config.cutoff).to(device))
-    for label in TABLE:
-        if label.output not in out:
-            raise BadInput(f"{label.name} is a label, but the model has no output "
-                           f"{label.output} to learn it: add it to Facet.atomic_outputs, or take "
-                           "the label out of tools/labels.py")
-
-
 # ─── Optimisers ───────────────────────────────────────────────────────────────────────────────────
 
 
@@ -232,12 +185,23 @@ def optimizers(model: facet.Facet, s: Settings, steps: int) -> list[torch.optim.
 
     What Muon's decay forgets in a run is the same for any number of steps, for short runs less: at
     2,000 steps of silicon 0.5 per unit of learning rate is best, at 10,000 of molecules 0.1.
+    Weights without requires_grad are left alone. Raises BadInput if there are no others.
     """
-    matrices = [p for name, p in model.named_parameters() if ".mix.W" in name]
-    others = [p for name, p in model.named_parameters() if ".mix.W" not in name]
-    decay = min(1, s.muon_decay / (s.muon_lr * steps / 2))  # the cosine's mean is a half
-    return [torch.optim.AdamW(others, lr=s.lr, weight_decay=WEIGHT_DECAY),
-            torch.optim.Muon(matrices, lr=s.muon_lr, weight_decay=decay)]
+    matrices = []
+    others = []
+    for name, weights in model.named_parameters():
+        if weights.requires_grad:
+            (matrices if ".mix.W" in name else others).append(weights)
+
+    found = []
+    if others:
+        found.append(torch.optim.AdamW(others, lr=s.lr, weight_decay=WEIGHT_DECAY))
+    if matrices:
+        decay = min(1, s.muon_decay / (s.muon_lr * steps / 2))  # the cosine's mean is a half
+        found.append(torch.optim.Muon(matrices, lr=s.muon_lr, weight_decay=decay))
+    if not found:
+        raise BadInput("no parameter of the model requires a gradient: there is nothing to train")
+    return found
 
 
 @torch.no_grad()
@@ -247,29 +211,6 @@ def follow(averaged: facet.Facet, model: facet.Facet, share: float) -> None:
 
 
 # ─── Training ─────────────────────────────────────────────────────────────────────────────────────
-
-
-def fetch(stream, device: torch.device, p: Progress):
-    """The next batch, on the device: its rows, itself, its labels. Raises BadInput."""
-    moment = time.perf_counter()
-    rows, batch, target = next(stream)
-    if isinstance(batch, str):  # what is wrong with a frame
-        raise BadInput(batch)
-    p.edges += int(target["edges"])
-    p.slots += batch.src.numel()
-    batch = batch.to(device)
-    target = {name: label.to(device, non_blocking=True) for name, label in target.items()}
-    p.waited += time.perf_counter() - moment
-    return rows, batch, target
-
-
-def agree(team: Team, parts: torch.Tensor, gradient: torch.Tensor, p: Progress, stop: int):
-    """What all processes go by: losses, length of the gradient, the first one's clock, whether to
-    stop. This is the one place where a step waits for the GPU."""
-    clock = p.seconds() if team.rank == 0 else 0.0
-    mine = torch.tensor([clock, stop], dtype=torch.float64, device=parts.device)
-    news = torch.cat([parts.detach(), gradient.detach()[None] / team.size, mine])  # [6]
-    return team.sum(news).tolist()
 
 
 def train(model: facet.Facet, frames: Frames, valid: Frames, s: Settings, folder: Path,
@@ -316,7 +257,8 @@ def train(model: facet.Facet, frames: Frames, valid: Frames, s: Settings, folder
             model.zero_grad()
             (team.size * loss).backward()
             gradient = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-            *parts, gradient, seconds, stop = agree(team, parts, gradient, p, len(interrupted))
+            *parts, gradient, seconds, stop = team.agree(
+                parts, gradient, p.seconds(), len(interrupted))
             if not np.isfinite([*parts, gradient]).all():
                 give_up(model, samples, rows, s, f"at step {p.step} of {folder}", team)
 
@@ -353,13 +295,14 @@ def give_up(model: facet.Facet, samples: Samples, rows, s: Settings, where: str,
     """Raise BadInput with the names of the frames whose own loss or gradient is not finite."""
     alone = Samples(samples.frames, samples.config)
     device = next(model.parameters()).device
+    weights = [p for p in model.parameters() if p.requires_grad]
     names = []
     for i in rows[team.rank::team.size]:
         _, batch, target = alone[np.array([i])]
         target = {name: label.to(device) for name, label in target.items()}
         out = model(batch.to(device), differentiable=True)
         parts = losses(out, target, target["count"], model.config.energy_scale, s.huber)  # [3]
-        gradient = torch.autograd.grad(parts.sum(), list(model.parameters()), allow_unused=True)
+        gradient = torch.autograd.grad(parts.sum(), weights, allow_unused=True)
         values = [parts, *(g for g in gradient if g is not None)]
         if not all(value.isfinite().all() for value in values):
             names.append(alone.frames[int(i)].info["source"])
@@ -409,13 +352,25 @@ def train_and_report(s: Settings, out: Path, resume: Path | None, command: str, 
         raise BadInput(f"{resume}: the training set is not the one that this run began with; "
                        "begin a new run")
 
-    # Statistics and model
-    config = facet.Config(**resumed["config"]) if resumed else statistics(frames, s)
-    check_species(valid, config)
-    check_species(test, config)
+    # Statistics and model: new, or begun from another one
+    base = None
+    shortest = {}
+    if resumed:
+        config = facet.Config(**resumed["config"])
+    elif s.init:
+        base = load_model(s.init)
+        s = replace(s, **taken_from(base.config, s.init, chosen(s)))
+        config, shortest = statistics_of(base, frames, s)
+    else:
+        config, shortest = statistics(frames, s)
+    for others in (valid, test):
+        check_species(others, config, *([s.init] if s.init else []))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(s.seed)
-        model = facet.Facet(config).to(device)
+        model = facet.Facet(config)
+    if base:
+        model.load_state_dict(base.state_dict())
+    model.to(device)
     check_outputs(model, frames)
     parameters = sum(p.numel() for p in model.parameters())
 
@@ -499,17 +454,19 @@ def parse(arguments: list[str]) -> tuple[Settings, Path | None]:
                         f"only {', '.join(LATER)} can be changed")
 
     given = vars(parser.parse_args(arguments))
+    resume = given.pop("resume", None)
     for name in ("train", "valid", "test"):
         if name in given:
             given[name] = tuple(given[name])
 
-    resume = given.pop("resume", None)
     if resume:
         wrong = sorted(set(given) - set(LATER))
         if wrong:
             parser.error(f"--{wrong[0]} cannot be changed when a run goes on; begin a new run")
         given = {**checkpoint(resume, Settings)["settings"], **given}
     try:
+        if given.get("init") and not resume:
+            given.update(taken_from(load_model(given["init"]).config, given["init"], given))
         s = Settings(**given)
     except BadInput as error:
         parser.error(str(error))

@@ -373,7 +373,8 @@ def dataset(folder: Path, name: str) -> tuple:
     """Frames to train on and to test, and the configuration of the default model."""
     train, tests = read_set(folder, name)
     test = next(iter(tests.values()))
-    return train, test, train_small.statistics(train, train_small.Settings())
+    config, _ = train_small.statistics(train, train_small.Settings())
+    return train, test, config
 
 
 def make_step(name: str, data: tuple, batch_atoms: int) -> Callable:

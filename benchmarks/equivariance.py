@@ -90,7 +90,7 @@ def trained(name: str, data: Path, out: Path, steps: int) -> tuple[dict[int, fac
     train, tests = read_set(data, "Si")
     test = tests["Si"]
     settings = train_small.Settings(steps=steps, activation=activation)
-    config = train_small.statistics(train, settings)
+    config, _ = train_small.statistics(train, settings)
     config = replace(config, grid_degree=grid_degree)
 
     if not result.exists() or facet.load(folder / "0.pt").config != config:

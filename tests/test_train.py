@@ -41,7 +41,9 @@ from test_facet import (  # one_thread is a fixture that holds for every test he
     one_thread,  # noqa: F401
     same,
 )
-from tools import batches, database, statistics
+from tools import batches, database, options, statistics
+from tools.frames import in_memory
+from tools.labels import labelled
 from tools.run import checkpoint as read_checkpoint
 
 HERE = Path(__file__).resolve().parent.parent
@@ -451,7 +453,8 @@ def test_average_of_the_weights_equals_that_by_hand(tmp_path):
 def test_every_setting_of_the_optimisation_changes_the_weights(tmp_path):
     frames = frames_of(tmp_path, copper())
     base = train_small.Settings(**{**SHORT, "steps": 6})
-    config, number = train_small.statistics(frames, base), iter(range(100))
+    config, _ = train_small.statistics(frames, base)
+    number = iter(range(100))
 
     def weights(**changes):
         s, folder = replace(base, **changes), tmp_path / str(next(number))
@@ -513,7 +516,7 @@ def test_neighbours_of_a_large_set_are_made_anew_and_its_crowd_is_guessed(tmp_pa
     molecule.symbols = "CuAu"
     molecule.calc = SinglePointCalculator(molecule, energy=0.0, forces=np.zeros((2, 3)))
     frames = frames_of(tmp_path, [*crystals, molecule])
-    config = train_small.statistics(frames, train_small.Settings(**SHORT))
+    config, _ = train_small.statistics(frames, train_small.Settings(**SHORT))
     kept = train_small.Samples(frames, config)
     truth = kept.crowd()
     with mock.patch.object(batches, "KEPT", 10):
@@ -532,7 +535,7 @@ def test_labels_that_a_frame_lacks_are_not_counted(tmp_path):
     crystals = copper(5)
     del crystals[1].calc.results["stress"]
     frames = frames_of(tmp_path, crystals)
-    config = train_small.statistics(frames, train_small.Settings(**SHORT))
+    config, _ = train_small.statistics(frames, train_small.Settings(**SHORT))
     _, batch, target = train_small.Samples(frames, config)[np.array([0, 1, 2])]
     assert target["atoms"].tolist() == [4, 8, 4] and target["count"].tolist() == [3, 48, 18]
     assert target["virial"].isnan().all((1, 2)).tolist() == [False, True, False]
@@ -568,7 +571,7 @@ def test_losses_equal_those_by_hand():
 
 def test_processes_neither_lose_nor_double_a_frame(tmp_path):
     frames = frames_of(tmp_path, copper(7))
-    config = train_small.statistics(frames, train_small.Settings(**SHORT))
+    config, _ = train_small.statistics(frames, train_small.Settings(**SHORT))
     model, rows = facet.Facet(config), np.arange(7)
 
     def part(rows, team, count=None):
@@ -672,7 +675,7 @@ def test_given_energies_are_subtracted_before_the_others_are_fitted(tmp_path):
     differ("a wrong one given", found, want)
     for species in ("Cu,O,C", "C,Cu,O", "O,C,Cu"):
         s = train_small.Settings(**SHORT, species=species, E0="O=-5")
-        config = train_small.statistics(frames, s)
+        config, _ = train_small.statistics(frames, s)
         assert config.species == ("C", "O", "Cu")
         same(species, config.reference_energies, want, "slope")
 
@@ -693,10 +696,10 @@ def test_given_energy_goes_before_that_of_a_free_atom(tmp_path):
 def test_absurd_frame_does_not_move_the_statistics(tmp_path):
     """One of 40 has an energy of +10⁵ eV and forces of 10⁴ eV/Å."""
     crystals, s = copper(40), train_small.Settings(**SHORT)
-    rest = train_small.statistics(frames_of(tmp_path, crystals[:17] + crystals[18:]), s)
+    rest, _ = train_small.statistics(frames_of(tmp_path, crystals[:17] + crystals[18:]), s)
     crystals[17].calc.results["energy"] = 1e5
     crystals[17].calc.results["forces"] = np.full((len(crystals[17]), 3), 1e4)
-    config = train_small.statistics(frames_of(tmp_path, crystals), s)
+    config, _ = train_small.statistics(frames_of(tmp_path, crystals), s)
     same("E0", config.reference_energies, rest.reference_energies, "float32")
     same("force RMS", config.energy_scale, rest.energy_scale, "float32")
     kept = np.concatenate([a.get_forces() for a in crystals[:17] + crystals[18:]])
@@ -737,7 +740,7 @@ def test_cores_of_a_training_set_end_below_every_pair_in_it(tmp_path):
     for cutoff in (4.0, 2.0):
         s = train_small.Settings(**SHORT, cutoff=cutoff)
         frames = frames_of(tmp_path, crystals)
-        config = train_small.statistics(frames, s)
+        config, _ = train_small.statistics(frames, s)
         lists = [neighbor_list("ijd", atoms, cutoff) for atoms in crystals]
         z = [np.searchsorted(numbers, atoms.numbers) for atoms in crystals]
         a, b, d = (np.concatenate(x) for x in zip(
@@ -763,7 +766,7 @@ def test_sparse_or_calm_data_have_sound_statistics(tmp_path):
     for atoms in crystals:
         atoms.set_cell(atoms.cell.array * 1.8, scale_atoms=True)
         atoms.calc.results["forces"] = np.zeros((len(atoms), 3))
-    config = train_small.statistics(frames_of(tmp_path, crystals), train_small.Settings(
+    config, _ = train_small.statistics(frames_of(tmp_path, crystals), train_small.Settings(
         **SHORT, cutoff=5.0))
     assert config.energy_scale == 1.0
     same("first knot", config.first_knot, 0.7 * 2.5, "formula")
@@ -814,7 +817,7 @@ def test_core_ends_below_the_shortest_distance_of_every_pair():
 def test_statistics_are_those_of_the_training_set(tmp_path):
     crystals = copper()
     s = train_small.Settings(**SHORT, cutoff=4.5)
-    config = train_small.statistics(frames_of(tmp_path, crystals), s)
+    config, _ = train_small.statistics(frames_of(tmp_path, crystals), s)
     lists = [neighbor_list("ijd", atoms, 4.5) for atoms in crystals]
     edges, atoms = sum(len(i) for i, _, _ in lists), sum(len(a) for a in crystals)
     forces = np.concatenate([a.get_forces() for a in crystals])
@@ -825,7 +828,7 @@ def test_statistics_are_those_of_the_training_set(tmp_path):
     assert config.species == ("Cu", "Au") and len(config.core) == 2
     assert config.cutoff == 4.5 and config.channels == 8
     for order in ("Au,Cu,O", "O,Cu,Au"):
-        more = train_small.statistics(frames_of(tmp_path, crystals), replace(
+        more, _ = train_small.statistics(frames_of(tmp_path, crystals), replace(
             s, species=order, E0="O=-1.5,Cu=2"))
         assert more.species == ("O", "Cu", "Au") and more.reference_energies[:2] == (-1.5, 2.0)
     with pytest.raises(train_small.BadInput, match="are positions in Å"):
@@ -870,6 +873,191 @@ def test_unknown_element_in_validation_or_test_is_refused(part, tmp_path):
     with pytest.raises(train_small.BadInput, match="other.extxyz, frame 7: holds Zn, which the"):
         run(tmp_path, **{part: (other,)})
     assert not list((tmp_path / "runs").iterdir()), "something was written"
+
+
+# ─── The trainer: from a trained model ────────────────────────────────────────────────────────────
+
+def trained(folder: Path, **changes) -> Path:
+    """model.pt of a short training on copper, or on the file that is there."""
+    if not (folder / "data.extxyz").exists():
+        file_of(folder, copper())
+    run(folder, "base", **{"valid": ("0",), "test": ("0",), "cutoff": 4.5, "layers": 2, **changes})
+    return folder / "base" / "a" / "model.pt"
+
+
+def begun(folder: Path, init: Path, out: str, **changes) -> facet.Facet:
+    """The model with which a run from `init` begins."""
+    found, save = [], facet.save
+
+    def keep(model, path, **more):
+        if more.get("step") == 0:
+            found.append(copy.deepcopy(model))
+        save(model, path, **more)
+    with mock.patch.object(facet, "save", keep):
+        run(folder, out, init=str(init), steps=1, valid=("0",), test=("0",), **changes)
+    return found[0]
+
+
+def labels_by(model, crystals: list[Atoms]) -> list[dict]:
+    graphs = [facet.find_neighbours(atoms, model.config) for atoms in crystals]
+    return facet.evaluate(model, graphs)
+
+
+def test_zero_steps_from_a_model_on_its_old_data_change_nothing(tmp_path):
+    """With its own E0: to the last bit. Fitted anew: only energies, by a sum over the atoms."""
+    init = trained(tmp_path)
+    old, crystals = facet.load(init), copper()
+    E0 = dict(zip(old.config.species, old.config.reference_energies, strict=True))
+    given = ",".join(f"{symbol}={energy!r}" for symbol, energy in E0.items())
+    again = begun(tmp_path, init, "given", E0=given)
+    fitted = begun(tmp_path, init, "fitted")
+    fresh = facet.Facet(old.config)
+    assert again.config == old.config
+    assert replace(fitted.config, reference_energies=old.config.reference_energies) == old.config
+
+    left = {"old": [], "fitted": []}  # eV/atom
+    for atoms, was, same_E0, new_E0, other in zip(
+            crystals, *(labels_by(m, crystals) for m in (old, again, fitted, fresh)), strict=True):
+        for name in ("energy", "forces", "stress"):
+            same(name, same_E0[name], was[name], "exact")
+            differ(f"{name} of a fresh model", other[name], was[name])
+        same("forces", new_E0["forces"], was["forces"], "exact")
+        same("stress", new_E0["stress"], was["stress"], "exact")
+        change = sum(
+            energy - E0[symbol] for symbol, energy in
+            ((s, dict(zip(old.config.species, fitted.config.reference_energies))[s])
+             for s in atoms.symbols))
+        same("energy", new_E0["energy"] - was["energy"], change, "rounding")
+        wanted = atoms.get_potential_energy()
+        left["old"].append((was["energy"] - wanted) / len(atoms))
+        left["fitted"].append((new_E0["energy"] - wanted) / len(atoms))
+    rms = {name: np.sqrt(np.mean(np.square(errors))) for name, errors in left.items()}
+    assert rms["fitted"] < 0.9 * rms["old"], "no better than before"
+
+
+def test_reference_energies_stay_where_the_model_explains_all(tmp_path):
+    """Labels of its own, or E0 fitted before: fitted again, they are the same."""
+    old = facet.load(trained(tmp_path))
+    crystals = copper()
+    own = [labelled(atoms, result["energy"], result["forces"])
+           for atoms, result in zip(crystals, labels_by(old, crystals), strict=True)]
+    s = train_small.Settings()
+    config, _ = statistics.statistics_of(old, in_memory(own), s)
+    same("E0 of its own labels", config.reference_energies, old.config.reference_energies, "slope")
+
+    frames = frames_of(tmp_path, crystals)
+    once, _ = statistics.statistics_of(old, frames, s)
+    model = facet.Facet(once)
+    model.load_state_dict(old.state_dict())
+    twice, _ = statistics.statistics_of(model, frames, s)
+    same("E0 fitted twice", twice.reference_energies, once.reference_energies, "slope")
+    differ("E0 fitted once", once.reference_energies, old.config.reference_energies)
+
+
+def test_begun_from_a_model_on_other_data(tmp_path):
+    """An element that they lack keeps its E0; another level of theory shifts E0, not the forces."""
+    old = facet.load(trained(tmp_path))
+    pure = [atoms for atoms in copper() if "Au" not in atoms.symbols]
+    shifted = [labelled(atoms, atoms.get_potential_energy() + 7.0 * len(atoms), atoms.get_forces())
+               for atoms in pure]
+    s = train_small.Settings()
+    config, shortest = statistics.statistics_of(old, in_memory(shifted), s)
+    plain, _ = statistics.statistics_of(old, frames_of(tmp_path, pure), s)
+    cu, au = (config.species.index(symbol) for symbol in ("Cu", "Au"))
+    assert config.reference_energies[au] == old.config.reference_energies[au]
+    same("E0", config.reference_energies[cu] - plain.reference_energies[cu], 7.0, "slope")
+    assert set(shortest) == {(cu, cu)}
+    free = labelled(Atoms("Au", cell=[30] * 3, pbc=True), -1.5, np.zeros((1, 3)))
+    config, _ = statistics.statistics_of(old, in_memory([*shifted, free]), s)
+    assert config.reference_energies[au] == -1.5, "a free atom"
+    config, _ = statistics.statistics_of(old, in_memory(shifted), replace(s, E0="Cu=-2.5"))
+    assert config.reference_energies[cu] == -2.5, "given"
+
+
+@pytest.mark.parametrize("change, message", (
+    ({"cutoff": 4.0}, "^--cutoff 4.0: the model .* has 4.5; leave it out"),
+    ({"channels": 16}, "^--channels 16: the model .* has 8; leave it out"),
+    ({"species": "Cu"}, "^--species Cu: the model .* knows Cu,Au; leave --species out"),
+    ({"init": "nowhere.pt"}, "nowhere.pt: no such checkpoint"),
+), ids=str)
+def test_settings_that_contradict_the_model_are_refused(change, message, tmp_path, capsys):
+    init = str(trained(tmp_path, steps=1))
+    words = ["--init", init, "--train", "x"]
+    s, _ = train_small.parse([*words, "--cutoff", "4.5"])
+    assert (s.cutoff, s.channels, s.layers) == (4.5, 8, 2), "those of the model"
+    with pytest.raises(train_small.BadInput, match=message) as error:
+        run(tmp_path, **{"init": init, **change})
+    assert "\n" not in str(error.value) and not list((tmp_path / "runs").iterdir())
+    if "species" not in change:
+        with pytest.raises(SystemExit):
+            train_small.parse([*words, *(f"--{name}={value}" for name, value in change.items())])
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert message.split()[0].strip("^:") in last
+    with pytest.raises(SystemExit):  # said, though it is the default
+        train_small.parse([*words, "--cutoff", "5.0"])
+
+
+def test_element_that_the_model_does_not_know_is_refused(tmp_path):
+    init = trained(tmp_path, steps=1)
+    crystals = copper()
+    crystals[5].symbols[2] = "Zn"
+    file_of(tmp_path, crystals)
+    with pytest.raises(train_small.BadInput, match="frame 5: holds Zn, which .*model.pt does not"):
+        run(tmp_path, init=str(init))
+
+
+def test_run_from_a_model_learns_faster_and_resumes_to_the_last_bit(tmp_path):
+    init = trained(tmp_path, steps=60)
+    file_of(tmp_path, copper(12, 50))
+    begin = {"init": str(init), "cutoff": 4.5, "layers": 2}
+    run(tmp_path, "whole", **begin)
+    run(tmp_path, "fresh", cutoff=4.5, layers=2)
+    first = {name: float(metrics(tmp_path / name / "a")[0]["loss_forces"])
+             for name in ("whole", "fresh")}
+    assert first["whole"] < 0.5 * first["fresh"]
+
+    losses, calls = train_small.losses, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 5:
+            signal.raise_signal(signal.SIGINT)
+        return losses(*arguments)
+    with mock.patch.object(train_small, "losses", interrupted), pytest.raises(KeyboardInterrupt):
+        run(tmp_path, **begin)
+    init.rename(tmp_path / "elsewhere.pt")  # the checkpoint has all of it
+    s, resume = train_small.parse(["--resume", str(tmp_path / "runs" / "a")])
+    train_small.main(s, resume=resume)
+    assert outcome(tmp_path / "runs" / "a") == outcome(tmp_path / "whole" / "a")
+
+
+@pytest.mark.parametrize("free", (("readout",), ("layers.0.mix.W",), ("readout", "layers.0.mix.W")),
+                         ids=str)
+def test_weights_without_a_gradient_are_left_alone(free, tmp_path):
+    """By AdamW and by Muon, also where either has none left."""
+    frames = frames_of(tmp_path, copper())
+    s = train_small.Settings(**{**SHORT, "steps": 6, "layers": 2})
+    config, _ = train_small.statistics(frames, s)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = facet.Facet(config)
+    before = copy.deepcopy(model.state_dict())
+    for name, weights in model.named_parameters():
+        weights.requires_grad_(name.startswith(free))
+    averaged, _ = train_small.train(model, frames, frames[:0], s, tmp_path)
+    for name, weights in averaged.state_dict().items():
+        if name.startswith(free):
+            assert largest(weights, before[name])[0] > 1e-6, f"{name} was not trained"
+        else:
+            same(name, weights, before[name], "exact")
+
+
+def test_model_without_free_weights_is_refused(tmp_path):
+    frames = frames_of(tmp_path, copper())
+    s = train_small.Settings(**SHORT)
+    model = facet.Facet(train_small.statistics(frames, s)[0]).requires_grad_(False)
+    with pytest.raises(train_small.BadInput, match="nothing to train"):
+        train_small.train(model, frames, frames[:0], s, tmp_path)
 
 
 # ─── The trainer: runs that are stopped ──────────────────────────────────────────────────────────
@@ -1171,7 +1359,7 @@ def test_number_has_a_range_on_the_command_line_and_in_python(f, capsys):
 def test_model_has_the_settings_and_the_defaults_of_facet_config():
     s = train_small.Settings(channels=16, groups=4, cutoff=4)
     assert s.config(("Si",)) == facet.Config(("Si",), channels=16, groups=4, cutoff=4.0)
-    for name in train_small.MODEL:
+    for name in options.MODEL:
         assert getattr(train_small.Settings(), name) == getattr(facet.Config(("Si",)), name)
 
 

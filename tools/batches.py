@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import time
 from collections.abc import Iterable, Iterator
 from itertools import chain, count
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ import torch
 import facet
 from tools.frames import BadInput, Frames, neighbours, sample
 from tools.labels import TABLE, Label
-from tools.run import ALONE, Team
+from tools.run import ALONE, Progress, Team
 
 if TYPE_CHECKING:
     from train_small import Settings
@@ -187,3 +188,29 @@ def loader(samples: Samples, batches: Iterable[np.ndarray], workers: int, cuda: 
 def ignore_interrupts(worker: int) -> None:
     """Ctrl-C reaches all processes; the trainer ends its step first, and needs its loaders."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def fetch(stream, device: torch.device, p: Progress):
+    """The next batch, on the device: its rows, itself, its labels. Raises BadInput."""
+    moment = time.perf_counter()
+    rows, batch, target = next(stream)
+    if isinstance(batch, str):  # what is wrong with a frame
+        raise BadInput(batch)
+    p.edges += int(target["edges"])
+    p.slots += batch.src.numel()
+    batch = batch.to(device)
+    target = {name: label.to(device, non_blocking=True) for name, label in target.items()}
+    p.waited += time.perf_counter() - moment
+    return rows, batch, target
+
+
+def check_outputs(model: facet.Facet, frames: Frames) -> None:
+    """Raise BadInput if there is a label that the model does not predict."""
+    device = next(model.parameters()).device
+    graph = neighbours(frames[0], model.config)
+    out = model(facet.make_batch([graph], model.config.cutoff).to(device))
+    for label in TABLE:
+        if label.output not in out:
+            raise BadInput(f"{label.name} is a label, but the model has no output "
+                           f"{label.output} to learn it: add it to Facet.atomic_outputs, or take "
+                           "the label out of tools/labels.py")

@@ -45,6 +45,16 @@ class Team(NamedTuple):
             dist.all_reduce(values)
         return values
 
+    def agree(self, parts: torch.Tensor, gradient: torch.Tensor, seconds: float, stop: int) -> list:
+        """What all go by: losses, length of the gradient, the first one's clock, whether to stop.
+
+        This is the one place where a step waits for the GPU.
+        """
+        clock = seconds if self.rank == 0 else 0.0
+        mine = torch.tensor([clock, stop], dtype=torch.float64, device=parts.device)
+        news = torch.cat([parts.detach(), gradient.detach()[None] / self.size, mine])  # [6]
+        return self.sum(news).tolist()
+
 
 ALONE = Team()
 
@@ -276,6 +286,7 @@ def checkpoint(folder: Path, settings_class: type) -> dict:
         for name in ("train", "valid", "test"):
             settings[name] = tuple(settings[name])
         settings_class(**settings)
+        facet.Config(**content["config"])
         return content
     except Exception as error:
         raise BadInput(f"{path}: is damaged, or was written by another version of train_small.py "
