@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import shlex
 import sys
@@ -44,7 +43,7 @@ from tools.batches import (
     loader,
     ten_structures,
 )
-from tools.frames import BadInput, Frames, load_model, load_sets, print_to_stderr
+from tools.frames import BadInput, Frames, load_model
 from tools.labels import TABLE
 from tools.options import (
     MODEL,
@@ -64,10 +63,14 @@ from tools.run import (
     device_of,
     duration,
     interruptible,
+    introduce,
     new_folder,
+    origin,
+    read_sets,
     restore,
     save,
     team_of,
+    write_result,
 )
 from tools.statistics import check_species, statistics, statistics_of
 
@@ -340,55 +343,23 @@ def train_and_report(s: Settings, out: Path, resume: Path | None, command: str, 
     out.mkdir(parents=True, exist_ok=True)
     s = replace(s, epochs=s.epochs or (0 if s.train else 25),
                 name=s.name or (Path(s.train[0].replace("*", "")).stem if s.train else "emt"))
+    base = load_model(s.init) if s.init and not resumed else None
+    if base:
+        s = replace(s, **taken_from(base.config, s.init, chosen(s)))
 
-    # Data; the first process goes ahead, so that whatever must be made is made once
-    for turn in (team.rank == 0, team.rank != 0):
-        if turn:
-            speak = team.rank == 0 and not resumed  # one process, once
-            frames, valid, test = load_sets(s, out, print_to_stderr if speak else None)
-        if team.size > 1:
-            dist.barrier()
-    if resumed and resumed["data"] != frames.fingerprint():
+    # Data and model
+    sets = read_sets(s, out, team, resumed)
+    if resumed and resumed["data"] != sets["train"].fingerprint():
         raise BadInput(f"{resume}: the training set is not the one that this run began with; "
                        "begin a new run")
-
-    # Statistics and model: new, or begun from another one
-    base = None
-    shortest = {}
-    if resumed:
-        config = facet.Config(**resumed["config"])
-    elif s.init:
-        base = load_model(s.init)
-        s = replace(s, **taken_from(base.config, s.init, chosen(s)))
-        config, shortest = statistics_of(base, frames, s)
-    else:
-        config, shortest = statistics(frames, s)
-    for others in (valid, test):
-        check_species(others, config, *([s.init] if s.init else []))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(s.seed)
-        model = facet.Facet(config)
-    if base:
-        model.load_state_dict(base.state_dict())
-    model.to(device)
-    check_outputs(model, frames)
-    parameters = sum(p.numel() for p in model.parameters())
-
+    model = first_model(s, sets, base, resumed, command, team).to(device)
+    check_outputs(model, sets["train"])
     folder = resume or (new_folder(out, s.name) if team.rank == 0 else out)
-    together = f"{team.size} processes, " if team.size > 1 else ""
-    from_step = f" from step {resumed['step']}" if resumed else ""
-    team.say(
-        f"{len(frames)} structures to train on, {len(valid)} to validate, {len(test)} to test; "
-        f"{frames.atom_counts().sum()} atoms of {' '.join(config.species)}; "
-        f"{config.mean_neighbours:.1f} neighbours each, splines from {config.first_knot:.2f} to "
-        f"{config.cutoff:g} Å; force RMS {config.energy_scale:.2f} eV/Å\n"
-        f"Facet with {parameters} parameters, on {device}, {together}{torch.get_num_threads()} "
-        f"threads, batches of {s.batch_atoms or ten_structures(frames)} atoms → {folder}/"
-        f"{from_step}")
+    introduce(sets, model, s.batch_atoms or ten_structures(sets["train"]), folder, team, resumed)
 
     # Training
     try:
-        model, trained = train(model, frames, valid, s, folder, team, resumed)
+        model, trained = train(model, sets["train"], sets["valid"], s, folder, team, resumed)
     except KeyboardInterrupt:
         team.say("\nstopped. model.pt holds the averaged weights; go on with: "
                  f"python train_small.py --resume {folder}")
@@ -402,9 +373,9 @@ def train_and_report(s: Settings, out: Path, resume: Path | None, command: str, 
 
     # What was trained is kept, whatever happens in the test, which comes once
     result = {
-        "parameters": parameters, **trained, "command": command, "settings": asdict(s),
-        "config": asdict(config), "processes": team.size, "torch": torch.__version__,
-        "torch_threads": torch.get_num_threads(),
+        "parameters": sum(p.numel() for p in model.parameters()), **trained, "command": command,
+        "settings": asdict(s), "config": asdict(model.config), "processes": team.size,
+        "torch": torch.__version__, "torch_threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu"}
     write_result(folder, result, began)
     try:
@@ -421,10 +392,31 @@ def train_and_report(s: Settings, out: Path, resume: Path | None, command: str, 
     return result
 
 
-def write_result(folder: Path, result: dict, began: float) -> None:
-    """Write result.json, with the time since the program began."""
-    result["total_seconds"] = time.perf_counter() - began
-    (folder / "result.json").write_text(json.dumps(result, indent=1))
+def first_model(s: Settings, sets: dict[str, Frames], base: facet.Facet | None,
+                resumed: dict | None, command: str, team: Team) -> facet.Facet:
+    """A new model, or `base` with E0 for these data; one to put a checkpoint into. Raises BadInput.
+
+    Config comes from the training set; validation and test must hold no other elements.
+    """
+    if resumed:
+        config = facet.Config(**resumed["config"])
+    elif base:
+        config, shortest = statistics_of(base, sets["train"], s)
+    else:
+        config, shortest = statistics(sets["train"], s)
+    for name in ("valid", "test"):
+        check_species(sets[name], config, s.init)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(s.seed)
+        model = facet.Facet(config)
+    if base:
+        model.load_state_dict(base.state_dict())
+    if resumed:
+        model.origin = resumed.get("origin", {})
+    elif team.rank == 0:  # which alone saves
+        model.origin = origin(command, sets, config, shortest, s.init, base)
+    return model
 
 
 LATER = ("minutes", "steps", "epochs", "device", "threads", "workers")  # may change when resumed

@@ -8,6 +8,7 @@ those of test_facet.py.
 import copy
 import csv
 import errno
+import hashlib
 import json
 import os
 import signal
@@ -15,10 +16,12 @@ import subprocess
 import sys
 import time
 from dataclasses import fields, replace
+from datetime import datetime, timezone
 from itertools import combinations_with_replacement, count, islice
 from pathlib import Path
 from unittest import mock
 
+import ase
 import ase.build
 import ase.io
 import numpy as np
@@ -42,7 +45,8 @@ from test_facet import (  # one_thread is a fixture that holds for every test he
     same,
 )
 from tools import batches, database, options, statistics
-from tools.frames import in_memory
+from tools import run as of_run
+from tools.frames import in_memory, load_sets
 from tools.labels import labelled
 from tools.run import checkpoint as read_checkpoint
 
@@ -82,7 +86,7 @@ def file_of(folder: Path, crystals: list[Atoms], name: str = "data.extxyz") -> s
 
 
 def frames_of(folder: Path, crystals: list[Atoms]):
-    return train_small.load_sets(train_small.Settings(
+    return load_sets(train_small.Settings(
         train=(file_of(folder, crystals),), valid=("0",), test=("0",)), folder)[0]
 
 
@@ -207,7 +211,7 @@ def test_length_of_a_training(tmp_path):
     for train, epochs, want in ((("data.extxyz",), 0.0, 0), ((), 0.0, 25), ((), 3.0, 3)):
         s = train_small.Settings(train=train, epochs=epochs, name="e")
         parts = (frames, frames[:0], frames[:0])
-        with mock.patch.object(train_small, "load_sets", lambda *_, parts=parts: parts), \
+        with mock.patch.object(of_run, "load_sets", lambda *_, parts=parts: parts), \
                 mock.patch.object(train_small, "train", side_effect=KeyboardInterrupt) as called:
             with pytest.raises(KeyboardInterrupt):
                 train_small.main(s, tmp_path / "runs")
@@ -263,7 +267,7 @@ def test_same_seed_gives_the_same_numbers_on_a_busy_machine(tmp_path):
     assert outcome(tmp_path / "control" / "a")[0] != outcome(tmp_path / "runs" / "a")[0]
 
 
-def test_minutes_end_a_run_by_the_clock_and_a_resumed_run_goes_on_with_it(tmp_path):
+def test_minutes_end_of_run_by_the_clock_and_a_resumed_run_goes_on_with_it(tmp_path):
     file_of(tmp_path, copper())
     clock = iter(range(10 ** 6))  # a second passes whenever somebody looks
     with mock.patch.object(train_small.time, "perf_counter", lambda: float(next(clock))):
@@ -588,6 +592,27 @@ def test_processes_neither_lose_nor_double_a_frame(tmp_path):
     assert not nothing.any() and not idle["count"].any(), "a process without a share counts"
 
 
+WHOLE = """
+import pathlib, sys
+import train_small
+from tools import physics
+physics.STEPS = 10
+s = train_small.Settings(
+    train=("data.extxyz",), steps=2, channels=8, threads=1, workers=0, name="a")
+train_small.main(s, pathlib.Path("runs"))
+assert pathlib.Path("runs/a/report.png").exists()
+print("imported:", [name for name in ("pytest", "hypothesis", "test_facet") if name in sys.modules])
+"""
+
+
+def test_training_and_its_report_import_no_test(tmp_path):
+    file_of(tmp_path, copper(24))
+    done = subprocess.run([sys.executable, "-c", WHOLE], cwd=tmp_path, capture_output=True,
+                          env={**os.environ, "PYTHONPATH": str(HERE)}, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "imported: []"
+
+
 PAIR = """
 import os, sys, json, pathlib, train_small
 train_small.report.report = lambda folder: {}
@@ -785,7 +810,7 @@ def test_no_material_is_on_two_sides(kind, tmp_path):
     sides, sizes = [], []
     for seed in range(4):
         s = train_small.Settings(train=(path,), seed=seed)
-        parts = train_small.load_sets(s, tmp_path, None)
+        parts = load_sets(s, tmp_path, None)
         names = [{atoms.info["material"] for atoms in part} for part in parts]
         assert [len(part) for part in parts] == [3 * len(of) for of in names]
         assert sum(map(len, parts)) == 60 and len(set.union(*names)) == 20
@@ -794,7 +819,7 @@ def test_no_material_is_on_two_sides(kind, tmp_path):
         sizes.append(sum(map(len, names)))
     assert sizes == [20] * 4, "a material is on two sides"
     assert len({valid for valid, _ in sides}) > 1 and len({test for _, test in sides}) > 1
-    alone = [train_small.load_sets(train_small.Settings(train=(path,), test=("0",), seed=seed),
+    alone = [load_sets(train_small.Settings(train=(path,), test=("0",), seed=seed),
                               tmp_path, None)[1].fingerprint() for seed in range(3)]
     assert len(set(alone)) == 3, "every seed sets aside the same for validation"
 
@@ -901,6 +926,69 @@ def begun(folder: Path, init: Path, out: str, **changes) -> facet.Facet:
 def labels_by(model, crystals: list[Atoms]) -> list[dict]:
     graphs = [facet.find_neighbours(atoms, model.config) for atoms in crystals]
     return facet.evaluate(model, graphs)
+
+
+def test_model_says_where_it_comes_from(tmp_path):
+    """Whatever is saved as model.pt carries it, and so does what is begun from that."""
+    crystals = copper(30)
+    file_of(tmp_path, crystals)
+    database.convert([file_of(tmp_path, copper(6, 100), "more.extxyz")], str(tmp_path / "more.db"))
+    paths = tuple(str(tmp_path / name) for name in ("data.extxyz", "more.db"))
+    sums = {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths}
+    save, found = facet.save, []
+
+    def keep(model, path, **more):
+        if Path(path).name == "model.pt":
+            found.append(model.origin)
+        save(model, path, **more)
+    s = train_small.Settings(**SHORT, train=paths, test=("0",), species="Au,Cu,O")
+    with mock.patch.object(facet, "save", keep):
+        train_small.main(s, tmp_path / "runs", command="python train_small.py --train …")
+    first = found[0]
+    assert len(found) > 2 and all(origin == first for origin in found)
+    assert json.loads(json.dumps(first)) == first, "it is plain"
+    assert first["command"] == "python train_small.py --train …" and "init" not in first
+    assert set(first["versions"]) == {"python", "torch", "numpy", "scipy", "ase"}
+    assert first["versions"]["ase"] == ase.__version__ and first["units"]["forces"] == "eV/Å"
+    date = datetime.fromisoformat(first["date"])
+    assert abs((datetime.now(timezone.utc) - date).total_seconds()) < 300
+
+    # Files with their checksums; the validation set was taken from them
+    assert set(first["data"]) == {"train", "valid", "test"} and first["data"]["test"] == []
+    frames = dict.fromkeys(paths, 0)
+    for part in ("train", "valid"):
+        for entry in first["data"][part]:
+            assert entry["sha256"] == sums[entry["file"]]
+            frames[entry["file"]] += entry["frames"]
+    assert frames == dict(zip(paths, (30, 6), strict=True))
+
+    # Shortest distances, in the order of the config's species
+    train, _, _ = load_sets(s, tmp_path, None)
+    shortest = {}
+    for atoms in train:
+        i, j, distance = neighbor_list("ijd", atoms, 5.0)
+        names = np.array(atoms.get_chemical_symbols())
+        for a, b, d in zip(names[i], names[j], distance, strict=True):
+            pair = "-".join(sorted((a, b), key=("O", "Cu", "Au").index))
+            shortest[pair] = min(d, shortest.get(pair, np.inf))
+    assert first["shortest"].keys() == shortest.keys() <= {"Cu-Cu", "Cu-Au", "Au-Au"}
+    for pair, distance in shortest.items():
+        same(pair, first["shortest"][pair], distance, "float32")
+
+    found.clear()
+    init = str(tmp_path / "runs" / "a" / "model.pt")
+    load, closer = facet.load, {"O-Au": 2.0, "Cu-Cu": 1.0, "Cu-Au": 9.0}
+
+    def with_origin(path, *arguments):
+        model = load(path, *arguments)
+        model.origin = {"shortest": closer}  # it has seen other data before
+        return model
+    with mock.patch.object(facet, "save", keep), mock.patch.object(facet, "load", with_origin):
+        run(tmp_path, "next", init=init, steps=1)
+    now = found[0]["shortest"]
+    assert now["O-Au"] == 2.0 and now["Cu-Cu"] == 1.0 and now["Cu-Au"] < 3.0
+    assert found[0]["init"] == {
+        "file": init, "sha256": hashlib.sha256(Path(init).read_bytes()).hexdigest()}
 
 
 def test_zero_steps_from_a_model_on_its_old_data_change_nothing(tmp_path):
@@ -1203,7 +1291,7 @@ def test_every_process_finds_its_own_device(given, cuda, rank, want, monkeypatch
     assert s.device == given
 
 
-def test_device_is_not_stored_and_a_run_of_a_gpu_goes_on_without_one(tmp_path, capsys):
+def test_device_is_not_stored_and_of_run_of_a_gpu_goes_on_without_one(tmp_path, capsys):
     """What stands for the GPU is the CPU: so the run ends as one that was never interrupted."""
     file_of(tmp_path, copper())
     run(tmp_path, "whole")

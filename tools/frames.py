@@ -263,7 +263,7 @@ def gather_files(paths: list[str], names: Names, without: Sequence[str] = (),
             for name in without:
                 atoms.calc.results.pop(name, None)
             found.append(atoms)
-        parts.append(InMemory(found))
+        parts.append(InMemory(found, path))
 
     check_labels(names, labels, paths)
     if ignored:

@@ -2,26 +2,34 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import json
 import math
 import os
+import platform
 import signal
 import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+import ase
 import numpy as np
+import scipy
 import torch
 import torch.distributed as dist
 
 import facet
 from tools import report
-from tools.frames import BadInput, Frames
+from tools.frames import BadInput, Frames, load_sets, print_to_stderr
 from tools.labels import LABELS, TABLE
+
+if TYPE_CHECKING:
+    from train_small import Settings
 
 WATCHED = 50         # validation frames that the log looks at
 
@@ -95,6 +103,96 @@ def new_folder(out: Path, name: str) -> Path:
             return folder
         except FileExistsError:
             continue
+
+
+# ─── Beginning and end ────────────────────────────────────────────────────────────────────────────
+
+
+def read_sets(s: Settings, out: Path, team: Team, resumed: dict | None) -> dict[str, Frames]:
+    """Training, validation and test set, by name. The first process goes ahead, so that whatever
+    must be made is made once; it alone speaks, and only when a run begins."""
+    for turn in (team.rank == 0, team.rank != 0):
+        if turn:
+            speak = team.rank == 0 and not resumed
+            found = load_sets(s, out, print_to_stderr if speak else None)
+        if team.size > 1:
+            dist.barrier()
+    return dict(zip(("train", "valid", "test"), found, strict=True))
+
+
+def introduce(sets: dict[str, Frames], model: facet.Facet, batch_atoms: int, folder: Path,
+              team: Team, resumed: dict | None) -> None:
+    """Say what will be trained on what."""
+    config = model.config
+    frames = sets["train"]
+    parameters = sum(p.numel() for p in model.parameters())
+    together = f"{team.size} processes, " if team.size > 1 else ""
+    from_step = f" from step {resumed['step']}" if resumed else ""
+    team.say(
+        f"{len(frames)} structures to train on, {len(sets['valid'])} to validate, "
+        f"{len(sets['test'])} to test; "
+        f"{frames.atom_counts().sum()} atoms of {' '.join(config.species)}; "
+        f"{config.mean_neighbours:.1f} neighbours each, splines from {config.first_knot:.2f} to "
+        f"{config.cutoff:g} Å; force RMS {config.energy_scale:.2f} eV/Å\n"
+        f"Facet with {parameters} parameters, on {next(model.parameters()).device}, {together}"
+        f"{torch.get_num_threads()} threads, batches of {batch_atoms} atoms → {folder}/{from_step}")
+
+
+def write_result(folder: Path, result: dict, began: float) -> None:
+    """Write result.json, with the time since the program began."""
+    result["total_seconds"] = time.perf_counter() - began
+    (folder / "result.json").write_text(json.dumps(result, indent=1))
+
+
+# ─── Where a model comes from ─────────────────────────────────────────────────────────────────────
+
+
+UNITS = {"length": "Å", "energy": "eV", "forces": "eV/Å", "stress": "eV/Å³, positive: tension"}
+
+
+def checksum(path: str | Path) -> str:
+    """SHA-256 of a file of any size."""
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2 ** 20):
+            found.update(block)
+    return found.hexdigest()
+
+
+def origin(command: str, sets: dict[str, Frames], config: facet.Config,
+           shortest: dict[tuple[int, int], float], init: str = "",
+           base: facet.Facet | None = None) -> dict:
+    """What a model.pt says of its training: plain numbers and words, fit to be saved.
+
+    sets: frames by the name of their part, train, valid, test; shortest: {pair of species: Å} in
+    the training set; init and base: file and model that it was begun from, if any.
+    """
+    sums = {}  # parts are often of the same file
+    data = {}
+    for part, frames in sets.items():
+        data[part] = []
+        for path, size in frames.files().items():
+            sums[path] = sums.get(path) or checksum(path)
+            data[part].append({"file": path, "sha256": sums[path], "frames": size})
+    found = {
+        "command": command,
+        "versions": {
+            "python": platform.python_version(), "torch": str(torch.__version__),
+            "numpy": np.__version__, "scipy": scipy.__version__, "ase": ase.__version__},
+        "data": data,
+        "units": dict(UNITS),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "shortest": {}}
+    for (i, j), distance in sorted(shortest.items()):
+        found["shortest"][f"{config.species[i]}-{config.species[j]}"] = distance
+    if base is None:
+        return found
+
+    # Begun from a model: it has seen what that one has seen
+    found["init"] = {"file": init, "sha256": checksum(init)}
+    for pair, distance in getattr(base, "origin", {}).get("shortest", {}).items():
+        found["shortest"][pair] = min(distance, found["shortest"].get(pair, distance))
+    return found
 
 
 # ─── Progress ─────────────────────────────────────────────────────────────────────────────────────

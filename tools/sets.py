@@ -29,10 +29,11 @@ COLUMNS = ("energy", "forces", "stress", "dipole", "magmom", "magmoms", "charges
 
 
 class InMemory:
-    """Frames as a list of Atoms."""
+    """Frames as a list of Atoms, of a file if they have a path."""
 
-    def __init__(self, images: Iterable[Atoms]):
+    def __init__(self, images: Iterable[Atoms], path: str = ""):
         self.images = list(images)
+        self.path = path
 
     def __len__(self) -> int:
         return len(self.images)
@@ -229,6 +230,15 @@ class Frames(Sequence):
     def take(self, chosen) -> Frames:
         """Some of the frames: their indices, as Frames."""
         return Frames(self.parts, self.rows[np.asarray(chosen, int)])
+
+    def files(self) -> dict[str, int]:
+        """How many of these frames are of each file."""
+        found = {}
+        for number, part in enumerate(self.parts):
+            count = int((self.rows[:, 0] == number).sum())
+            if count and part.path:
+                found[part.path] = found.get(part.path, 0) + count
+        return found
 
     def gather(self, columns: list[np.ndarray]) -> np.ndarray:
         """The column [F, …] from those of all parts."""

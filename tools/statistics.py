@@ -106,16 +106,16 @@ def statistics_of(base: facet.Facet, frames: Frames, s: Settings):
     return replace(config, reference_energies=tuple(E0.tolist())), shortest_distances(graphs)
 
 
-def check_species(frames: Frames, config: facet.Config,
-                  known_by: str = "the training set, or --species,") -> None:
-    """Raise BadInput if a frame holds an element that the model does not know."""
+def check_species(frames: Frames, config: facet.Config, init: str = "") -> None:
+    """Raise BadInput if a frame holds an element that the model, begun from init, does not know."""
     numbers = np.array([atomic_numbers[symbol] for symbol in config.species])  # [Z]
     unknown = frames.atom_counts() - frames.compositions(numbers).sum(1)  # [F] atoms
     if unknown.any():
         atoms = frames[int(unknown.argmax())]
         names = sorted(set(atoms.symbols) - set(config.species))
-        raise BadInput(f"{atoms.info['source']}: holds {', '.join(names)}, which {known_by} does "
-                       f"not: {' '.join(config.species)}")
+        raise BadInput(f"{atoms.info['source']}: holds {', '.join(names)}, which "
+                       f"{init or 'the training set, or --species,'} does not: "
+                       f"{' '.join(config.species)}")
 
 
 def free_energies(frames: Frames, cutoff: float) -> dict[int, float]:
