@@ -6,6 +6,7 @@
     python train_small.py --train mptrj.db --species all --channels 64 --minutes 6000 --name mptrj
     torchrun --nproc_per_node=4 train_small.py --train …         # four processes, the same batches
     python train_small.py --resume runs/si     # goes on after a kill, Ctrl-C or a full disk
+    python train_small.py --init runs/si/model.pt --train new.extxyz    # from a trained model
 
 Reads what ASE reads (extxyz, traj, db, OUTCAR, vasprun.xml, …, .gz, globs): energy in eV, forces in
 eV/Å and, where there is one, stress in eV/Å³. JSON in other layouts is converted by tools.database.
@@ -270,7 +271,7 @@ def train(model: facet.Facet, frames: Frames, valid: Frames, s: Settings, folder
             for optimizer in optimisers:
                 optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * schedule
                 optimizer.step()
-            line_due = p.count(len(rows), seconds)
+            line_due = p.stepped(len(rows), seconds)
             follow(averaged, model, 1 - min(s.ema, p.step / (p.step + 9)))
 
             # Log twenty times; save then, and every few minutes, and before a stop

@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -165,6 +166,19 @@ def test_log_watches_validation_by_the_saved_model_and_never_the_test_set(tmp_pa
     weights, rows = outcome(tmp_path / "blind" / "a")
     assert weights == outcome(tmp_path / "runs" / "a")[0]
     assert all(row["force_mae_meV_per_A"] == "nan" for row in rows)
+
+
+def test_screen_has_a_title_above_every_number(tmp_path, capsys):
+    """The layout, to the character."""
+    log = train_small.Log(tmp_path, frames_of(tmp_path, copper(2))[:0], 0)
+    row = dict.fromkeys(log.columns, 2.5)
+    with mock.patch.object(log, "errors", lambda model: {}):
+        log.line(None, 90.0, {**row, "step": 7})
+    title, line = capsys.readouterr().out.splitlines()
+    assert title == ("   step    loss  (energy  forces  stress)   energy MAE    force MAE"
+                     "   stress MAE        lr  structures/s      left")
+    assert line == ("      7  2.5000 (2.50000  2.5000  2.5000)     2.50 meV     2.5 meV/Å"
+                    "    2.500 GPa   2.5e+00           2.5      90 s")
 
 
 def test_line_of_the_log_names_every_column(tmp_path):
@@ -1136,6 +1150,25 @@ def test_weights_without_a_gradient_are_left_alone(free, tmp_path):
     for name, weights in averaged.state_dict().items():
         if name.startswith(free):
             assert largest(weights, before[name])[0] > 1e-6, f"{name} was not trained"
+        else:
+            same(name, weights, before[name], "exact")
+
+
+def test_page_shows_how_all_but_the_readout_is_frozen(tmp_path, monkeypatch):
+    """The code of tools/README.md, as it stands there."""
+    page = (HERE / "tools" / "README.md").read_text(encoding="utf-8")
+    code, = (block for block in re.findall(r"```python\n(.*?)```", page, re.S)
+             if "requires_grad_" in block)
+    init = trained(tmp_path, steps=3)
+    init.parent.rename(init.parent.parent / "emt")
+    (tmp_path / "base").rename(tmp_path / "runs")
+    (tmp_path / "data.extxyz").rename(tmp_path / "new.extxyz")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    before = facet.load("runs/emt/model.pt").state_dict()
+    for name, weights in facet.load("runs/readout/model.pt").state_dict().items():
+        if name == "readout":
+            assert largest(weights, before[name])[0] > 1e-6, "nothing was trained"
         else:
             same(name, weights, before[name], "exact")
 

@@ -232,7 +232,7 @@ class Progress:
         clock = seconds / (60 * self.minutes) if self.minutes else 0.0
         return min(1.0, max(self.step / self.steps, clock))
 
-    def count(self, structures: int, seconds: float) -> bool:
+    def stepped(self, structures: int, seconds: float) -> bool:
         """One step more; whether another twentieth of the training is over."""
         twentieths = int(20 * self.share)
         self.step += 1
