@@ -55,7 +55,7 @@ from torch.nn.functional import silu
 
 import facet
 import train_small
-from tools import report
+from tools import batches, report
 from tools.properties import IMPROPER, random_alloy
 
 # ─── Radial functions ────────────────────────────────────────────────────────────────────────────
@@ -369,7 +369,8 @@ def dataset(folder: Path, name: str) -> tuple:
     """Frames to train on and to test, and the configuration of the default model."""
     train, tests = read_set(folder, name)
     test = next(iter(tests.values()))
-    return train, test, train_small.statistics(train, train_small.Settings())
+    config, _ = train_small.statistics(train, train_small.Settings())
+    return train, test, config
 
 
 def make_step(name: str, data: tuple, batch_atoms: int) -> Callable:
@@ -380,7 +381,7 @@ def make_step(name: str, data: tuple, batch_atoms: int) -> Callable:
     s = train_small.Settings(lr=1e-6, muon_lr=1e-6)  # the weights shall hardly move
     samples = train_small.Samples(train, config)
     crowd = samples.crowd()
-    plan = next(train_small.epochs(samples.atoms, crowd, batch_atoms * crowd.mean(), 0))
+    plan = next(batches.epochs(samples.atoms, crowd, batch_atoms * crowd.mean(), 0))
     _, batch, target = samples[plan[0]]
     optimizers = train_small.optimizers(model, s, 1000)
     weights = torch.tensor([1.0, 1.0, s.stress_weight])

@@ -75,9 +75,9 @@ LATTICE = 5.469  # Å, silicon in PBE, which the training set was made with
 class Snapshots(train_small.Log):
     """Keeps the (averaged) weights of every line of the log."""
 
-    def line(self, model: facet.Facet, step: int, *more) -> None:
-        super().line(model, step, *more)
-        facet.save(model, self.path.parent / f"{step}.pt")
+    def line(self, model: facet.Facet, left: float, row: dict) -> None:
+        super().line(model, left, row)
+        facet.save(model, self.path.parent / f"{row['step']}.pt")
 
 
 def trained(name: str, data: Path, out: Path, steps: int) -> tuple[dict[int, facet.Facet], dict]:
@@ -91,7 +91,7 @@ def trained(name: str, data: Path, out: Path, steps: int) -> tuple[dict[int, fac
     train, tests = read_set(data, "Si")
     test = tests["Si"]
     settings = train_small.Settings(steps=steps, activation=activation)
-    config = train_small.statistics(train, settings)
+    config, _ = train_small.statistics(train, settings)
     config = replace(config, grid_degree=grid_degree)
 
     if not result.exists() or facet.load(folder / "0.pt").config != config:

@@ -10,8 +10,9 @@ in little memory, and checks every frame. After a kill, give the same command ag
 database stays. Later files may be added the same way. Names of labels are given here and hold for
 the whole database.
 
-A row holds the geometry, energy, forces and stress where ASE keeps them, and as key-value pairs
-`source` (file and frame), `material` and, if there is one, `group`.
+A row holds the geometry, energy, forces and stress where ASE keeps them, labels that ASE has no
+column for in the row's data, and as key-value pairs `source` (file and frame), `material` and, if
+there is one, `group`.
 """
 from __future__ import annotations
 
@@ -25,11 +26,11 @@ from collections.abc import Sequence
 from itertools import islice
 
 import ase.db
-import numpy as np
 from ase import Atoms
 
 from tools import frames
 from tools.frames import LABELS, USUAL, BadInput, Names
+from tools.sets import COLUMNS
 
 BLOCK = 1000            # frames that are written at a time: what a kill loses at most
 SECONDS_PER_LINE = 10   # between lines of progress in a file
@@ -63,11 +64,12 @@ class Writer:
                            f"name for the result")
 
         if self.known is None:
-            self.write([], {"names": list(names), "complete": False, "labels": [0, 0, 0],
-                            "inputs": {}})
-        if self.known["names"] != list(names):
-            before = ", ".join(name or "the usual" for name in self.known["names"])
-            raise BadInput(f"{path}: was begun with other names of energy, forces and stress "
+            self.write([], {"names": list(names), "complete": False,
+                            "labels": [0] * len(LABELS), "inputs": {}})
+        begun = Names(*self.known["names"])  # without labels that came into the table since
+        if begun != names:
+            before = ", ".join(name or "the usual" for name in begun)
+            raise BadInput(f"{path}: was begun with other names of {', '.join(LABELS)} "
                            f"({before}); give the same, or another name for the result")
 
     def write(self, block: list[Atoms], known: dict) -> None:
@@ -83,7 +85,9 @@ class Writer:
                 info = dict(atoms.info)
                 if not info["group"]:
                     del info["group"]
-                database.write(atoms, key_value_pairs=info)
+                beside = {name: value for name, value in atoms.calc.results.items()
+                          if name not in COLUMNS}
+                database.write(atoms, key_value_pairs=info, data=beside)
             database.metadata = {"facet": known}
         self.known = known
 
@@ -92,11 +96,16 @@ class Writer:
         stat = os.stat(path)
         state = {"bytes": stat.st_size, "modified": stat.st_mtime, "frames": count, "whole": whole}
         inputs = {**self.known["inputs"], os.path.realpath(path): state}
-        labels = list(self.known["labels"])  # how many frames have energy, forces, stress
+        labels = {**dict.fromkeys(LABELS, 0), **self.labels()}
         for atoms in block:
-            for number, name in enumerate(LABELS):
-                labels[number] += name in atoms.calc.results
-        self.write(block, {**self.known, "complete": False, "inputs": inputs, "labels": labels})
+            for name in atoms.calc.results:
+                labels[name] += 1
+        self.write(block, {**self.known, "complete": False, "inputs": inputs,
+                           "labels": list(labels.values())})
+
+    def labels(self) -> dict[str, int]:
+        """How many frames have each label."""
+        return dict(zip(LABELS, self.known["labels"]))
 
     def state(self, path: str) -> dict:
         """How far an input has come. Raises BadInput if it has changed since it was begun."""
@@ -117,8 +126,8 @@ class Writer:
             if not state["whole"]:
                 raise BadInput(f"{self.path}: holds a part of {path}; give that file too")
         if self.known["inputs"]:
-            frames.check_names(Names(*self.known["names"]), np.array(self.known["labels"]) > 0,
-                               list(self.known["inputs"]))
+            found = {name for name, count in self.labels().items() if count}
+            frames.check_labels(Names(*self.known["names"]), found, list(self.known["inputs"]))
         if not self.known["complete"]:
             self.write([], {**self.known, "complete": True})
 
@@ -197,8 +206,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"the last file is the result, its name ends in .db; {options.out} does not")
 
     try:
-        convert(options.inputs, options.out,
-                Names(options.energy, options.forces, options.stress))
+        convert(options.inputs, options.out, frames.names_in(options))
     except BadInput as error:
         print(f"\nerror: {error}" if sys.stdout.isatty() else f"error: {error}", file=sys.stderr)
         return 1

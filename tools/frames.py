@@ -39,22 +39,20 @@ import facet
 from tools import emt, suspicions
 from tools.json_layouts import frames_of_json, open_text, stream
 from tools.labels import (
-    ASE_ORDER,
     LABELS,
     MATERIAL_KEYS,
+    TABLE,
     USUAL,
     WEIGHTS,
     BadInput,
     Names,
     Runs,
     check,
+    find_labels,
     group_of,
-    has_a_label,
     labelled,
-    look_up,
-    numbers_in,
-    one_number,
-    six_numbers,
+    name_help,
+    read_labels,
     word,
 )
 from tools.sets import (
@@ -123,24 +121,8 @@ def frames_of_ase(path: str, names: Names, ignored: set[str]) -> Iterator[Atoms]
         labels = labels_of(atoms)
         ignored.update(name for name in labels if str(name).lower() in WEIGHTS)
 
-        energy = look_up(labels, names.energy or "energy")
-        forces = look_up(labels, names.forces or "forces")
-        stress = look_up(labels, names.stress or "stress")
-        has_a_label(energy, forces, names, labels, source)
-        if energy is not None:
-            energy = one_number(energy, "the energy", source)
-        if forces is None and len(atoms) == 1:
-            forces = np.zeros((1, 3))
-        if forces is not None:
-            forces = numbers_in(forces, "forces", source)
-
-        # a virial (eV) is minus the volume times the stress
-        if stress is not None and names.virial() and atoms.cell.rank < 3:
-            stress = None
-        if stress is not None:
-            stress = six_numbers(stress, ASE_ORDER, source)
-        if stress is not None and names.virial():
-            stress = -stress / atoms.get_volume()
+        found = find_labels(labels, names, {}, source)
+        results = read_labels(found, atoms, names.virial(), source)
 
         # the material: its name, or its run
         material = f"{path}: {atoms.symbols}, run {runs.number(atoms)}"
@@ -149,7 +131,8 @@ def frames_of_ase(path: str, names: Names, ignored: set[str]) -> Iterator[Atoms]
                 material = word(atoms.info[key])
                 break
 
-        yield labelled(atoms, energy, forces, stress, source, material, group_of(atoms.info))
+        yield labelled(atoms, **results, source=source, material=material,
+                       group=group_of(atoms.info))
 
 
 # ─── Any file ─────────────────────────────────────────────────────────────────────────────────────
@@ -175,7 +158,7 @@ def iread(path: str | Path, names: Names = USUAL,
         if is_json(path):
             found = frames_of_json(path, names, ignored)
         elif made_here(path):
-            found = gather_files([path], names, use_stress=True)
+            found = gather_files([path], names)
         else:
             found = frames_of_ase(path, names, ignored)
         for atoms in found:
@@ -202,6 +185,14 @@ def neighbours(atoms: Atoms, config: facet.Config) -> facet.Neighbours:
     except ValueError as error:
         name = atoms.info.get("source", atoms.symbols)
         raise BadInput(f"{name}: {error}") from None
+
+
+def load_model(path: str | Path, device: str = "cpu") -> facet.Facet:
+    """facet.load. Raises BadInput."""
+    try:
+        return facet.load(path, device)
+    except (ValueError, FileNotFoundError) as error:
+        raise BadInput(str(error)) from None
 
 
 def expand(patterns: Iterable[str | Path]) -> list[str]:
@@ -236,58 +227,57 @@ def what_there_is(path: str) -> str:
     return ", ".join(map(str, found)) or "nothing"
 
 
-def check_names(names: Names, found: np.ndarray, paths: Sequence[str]) -> None:
-    """Raise BadInput for a label that no frame has, if its name was given, or forces or energy
-    seem to be there under another name. found [3]: whether any frame has energy, forces, stress.
-    """
-    for number, (what, name) in enumerate(zip(LABELS, names)):
-        if found[number] or what == "stress" and not name:
+def check_labels(names: Names, found: set[str], paths: Sequence[str]) -> None:
+    """Raise BadInput for a label that no frame has, if its name was given, or if it is expected
+    and seems to be there under another name. found: the labels that any frame has."""
+    for label, name in zip(TABLE, names, strict=True):
+        if label.name in found or not (label.expected or name):
             continue
         there = what_there_is(paths[0])
         others = [other for other in there.lower().split(", ")
-                  if what.removesuffix("s") in other
+                  if label.name.removesuffix("s") in other
                   and other not in (*WEIGHTS, "free_energy", "energies")]
         if not name and not others:
             continue  # a set without energies, or without forces
-        volume = ", or none has a volume" if names.virial() and what == "stress" else ""
-        raise BadInput(f"no frame of {', '.join(paths)} has {what} under the name "
-                       f"{name or what!r}{volume}; the first has {there}. Tell the name by "
-                       f"--{what}")
+        volume = ", or none has a volume" if label.name == "stress" and names.virial() else ""
+        raise BadInput(f"no frame of {', '.join(paths)} has {label.name} under the name "
+                       f"{name or label.name!r}{volume}; the first has {there}. Tell the name by "
+                       f"--{label.name}")
 
 
-def gather_files(paths: list[str], names: Names, use_stress: bool,
+def gather_files(paths: list[str], names: Names, without: Sequence[str] = (),
                  say: Callable[[str], None] = keep_quiet) -> Frames:
     """The frames of these files, each of them a part. Raises BadInput."""
     parts = []
-    labels = np.zeros(len(LABELS), bool)
+    labels = set(without)  # those that there are; nobody misses the others
     ignored = set()
     for path in paths:
         if made_here(path):
-            parts.append(OnDisk(path, names, use_stress))
-            labels |= True  # tools.database has seen to the names
+            parts.append(OnDisk(path, names, without))
+            labels.update(LABELS)  # tools.database has seen to the names
             continue
 
         found = []
         for atoms in iread(path, names, ignored):
-            labels |= [name in atoms.calc.results for name in LABELS]
-            if not use_stress:
-                atoms.calc.results.pop("stress", None)
+            labels.update(atoms.calc.results)
+            for name in without:
+                atoms.calc.results.pop(name, None)
             found.append(atoms)
-        parts.append(InMemory(found))
+        parts.append(InMemory(found, path))
 
-    check_names(names, labels | [False, False, not use_stress], paths)
+    check_labels(names, labels, paths)
     if ignored:
         say(f"note: {', '.join(sorted(ignored))} of {', '.join(paths)} are ignored: every frame "
             f"counts the same")
     return Frames(parts)
 
 
-def read(patterns: Sequence[str], names: Names = USUAL, use_stress: bool = True,
+def read(patterns: Sequence[str], names: Names = USUAL, without: Sequence[str] = (),
          say: Callable[[str], None] = keep_quiet) -> Frames:
     """All frames of files and globs, checked; databases stay on the disk.
 
-    say: told what is ignored. Raises BadInput, also for JSON files, which belong into a database,
-    and for a name of a label that no frame has.
+    without: labels that are not read; say: told what is ignored. Raises BadInput, also for JSON
+    files, which belong into a database, and for a name of a label that no frame has.
     """
     paths = expand(patterns)
     for path in paths:
@@ -295,7 +285,7 @@ def read(patterns: Sequence[str], names: Names = USUAL, use_stress: bool = True,
             out = Path(path).name.split(".")[0] + ".db"
             raise BadInput(f"{path}: convert first: python -m tools.database "
                            f"{shlex.quote(path)} {shlex.quote(out)}")
-    return gather_files(paths, names, use_stress, say)
+    return gather_files(paths, names, without, say)
 
 
 # ─── Training, validation, test ───────────────────────────────────────────────────────────────────
@@ -333,29 +323,30 @@ def without_those_of(held: Frames, what: str, train: Frames, say: Callable[[str]
 
 
 def tell_labels(frames: Frames, what: str, say: Callable[[str], None]) -> None:
-    """Say how many frames lack an energy or forces."""
+    """Say how many frames lack a label that is expected: an energy, or forces."""
     labels = frames.labels()
-    for number, name in enumerate(LABELS[:2]):
+    for number, label in enumerate(TABLE):
         lacking = np.flatnonzero(~labels[:, number])
-        if len(lacking):
-            say(f"note: {len(lacking)} of {len(frames)} frames {what} have no {name}, the first of "
-                f"them {frames[lacking[0]].info['source']}; their other labels count")
+        if label.expected and len(lacking):
+            say(f"note: {len(lacking)} of {len(frames)} frames {what} have no {label.name}, the "
+                f"first of them {frames[lacking[0]].info['source']}; their other labels count")
 
 
-def load(settings, folder: str | Path,
-         say: Callable[[str], None] | None = print_to_stderr) -> tuple[Frames, Frames, Frames]:
+def load_sets(settings, folder: str | Path,
+              say: Callable[[str], None] | None = print_to_stderr) -> tuple[Frames, Frames, Frames]:
     """Training, validation and test set, as the settings name them. Raises BadInput.
 
     settings: train, valid, test (tuples of files; none of train: the embedded set, made in
-    `folder`; ("0",) of the others: no such set), seed, energy, forces, stress (names of labels),
-    stress_weight (0: stresses are not read), strict (warnings are errors). Without a test set a
-    tenth of the materials is set aside, then without a validation set a tenth of what is left.
+    `folder`; ("0",) of the others: no such set), seed, a name for each label, such as energy, a
+    weight for some, such as stress_weight (0: stresses are not read), strict (warnings are
+    errors). Without a test set a tenth of the materials is set aside, then without a validation
+    set a tenth of what is left.
 
     Equal frames count once; those that are in a test or validation file, too, are not trained on.
     say: told so, a line each, and what looks wrong; None: that is not looked for.
     """
-    names = Names(settings.energy, settings.forces, settings.stress)
-    use_stress = settings.stress_weight != 0
+    names = Names(*[getattr(settings, name, "") for name in LABELS])
+    without = [name for name in LABELS if getattr(settings, f"{name}_weight", 1) == 0]
     tell = say or keep_quiet
 
     # what the files hold
@@ -366,13 +357,13 @@ def load(settings, folder: str | Path,
             emt.write(embedded)
         paths = [str(embedded)]
         names = USUAL
-    train = read(paths, names, use_stress, tell)
+    train = read(paths, names, without, tell)
     given = {"training": train}
     for what, patterns in (("test", settings.test), ("valid", settings.valid)):
         if patterns == NONE:
             given[what] = train[:0]
         elif patterns:
-            given[what] = read(patterns, names, use_stress, tell)
+            given[what] = read(patterns, names, without, tell)
 
     # what looks wrong in them
     if say is not None:
@@ -484,6 +475,7 @@ def report(frames: Frames) -> str:
     periodic = np.zeros(4, int)  # frames with 0 … 3 periodic axes
     forces = []
     stresses = []
+    labels = some.labels().sum(0)  # frames with each
     for frame in crystals:
         groups[frame.info["group"]] = groups.get(frame.info["group"], 0) + 1
         periodic[frame.pbc.sum()] += 1
@@ -508,7 +500,9 @@ def report(frames: Frames) -> str:
         lines.append(f"energy, eV/atom     {spread((frames.energies() / atoms)[known], 3)}")
     if forces:
         lines.append(f"|force|, eV/Å       {spread(np.concatenate(forces), 3)}")
-    lines.append(f"stress              in {len(stresses)} of {len(some)} frames")
+    for label, count in zip(TABLE, labels, strict=True):
+        if not label.expected:
+            lines.append(f"{label.name:<20}in {count} of {len(some)} frames")
     if stresses:
         lines.append(f"max |stress|, GPa   {spread(np.array(stresses), 2)}")
 
@@ -528,10 +522,13 @@ def report(frames: Frames) -> str:
 
 def add_names(parser: argparse.ArgumentParser) -> None:
     """The options that name labels."""
-    parser.add_argument("--energy", default="", help="name of the energy (eV) in the files")
-    parser.add_argument("--forces", default="", help="name of the forces (eV/Å)")
-    parser.add_argument("--stress", default="", help="name of the stress (eV/Å³), or of the virial "
-                                                     "(eV) if virial is in the name")
+    for label in TABLE:
+        parser.add_argument(f"--{label.name}", default="", help=name_help(label))
+
+
+def names_in(options: argparse.Namespace) -> Names:
+    """What they say."""
+    return Names(*[getattr(options, name) for name in LABELS])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -542,9 +539,8 @@ def main(arguments: list[str] | None = None) -> int:
     add_names(parser)
     options = parser.parse_args(arguments)
 
-    names = Names(options.energy, options.forces, options.stress)
     try:
-        found = gather_files(expand(options.files), names, use_stress=True, say=print_to_stderr)
+        found = gather_files(expand(options.files), names_in(options), say=print_to_stderr)
         print(report(found))
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)

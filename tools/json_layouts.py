@@ -9,7 +9,6 @@ import json
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import numpy as np
 from ase import Atoms
 from ase.data import atomic_numbers
 
@@ -22,37 +21,33 @@ from tools.labels import (
     BadInput,
     Names,
     Runs,
+    find_labels,
     group_of,
-    has_a_label,
     labelled,
-    look_up,
-    numbers_in,
-    one_number,
-    six_numbers,
+    read_labels,
     word,
 )
 
 
 class Layout(NamedTuple):
-    """What a JSON file calls its labels, the first that is there counts, and the order of a stress
-    of six numbers. Stresses are in kbar with VASP's sign in every layout."""
-    energy: tuple[str, ...]
-    forces: tuple[str, ...]
-    stress: tuple[str, ...]
+    """What a JSON file calls its labels, where that is not the usual name, the first that is there
+    counts; and the order of a stress of six numbers. Stresses are in kbar with VASP's sign in every
+    layout."""
+    names: dict[str, tuple[str, ...]]
     order: str
 
 
 # {material: {frame: {structure, corrected_total_energy, force, stress 3 × 3}}}
-MPTRJ = Layout(("corrected_total_energy", "energy"), ("force", "forces"), ("stress",), "")
+MPTRJ = Layout({"energy": ("corrected_total_energy", "energy"), "forces": ("force", "forces")}, "")
 
 # [{structure, energy, forces, stress of six, matpes_id}]
-MATPES = Layout(("energy",), ("forces",), ("stress",), ASE_ORDER)
+MATPES = Layout({}, ASE_ORDER)
 
 # [{structure, group, description, outputs: {energy, forces, virial_stress of six}}]
-MLEARN = Layout(("energy",), ("forces",), ("virial_stress",), VASP_ORDER)
+MLEARN = Layout({"stress": ("virial_stress",)}, VASP_ORDER)
 
 # a list of structures with labels; only a stress of nine numbers says what it means
-LIST = Layout(("energy",), ("forces",), ("stress",), "")
+LIST = Layout({}, "")
 
 # hydrogen under names that ASE does not know: an isotope has the same forces
 ISOTOPES = {"D": "H", "T": "H"}
@@ -202,39 +197,17 @@ def frame_of_json(keys: list[str], frame: dict, names: Names, source: str,
     ignored.update(name for name in labels if name.lower() in WEIGHTS)
     layout = layout_of(keys, labels)
 
-    # each label under the name that was given, or under the first usual one that is there
-    found = {}
-    for what, given, usual in (("energy", names.energy, layout.energy),
-                               ("forces", names.forces, layout.forces),
-                               ("stress", names.stress, layout.stress)):
-        found[what] = None
-        for name in ([given] if given else usual):
-            if found[what] is None:
-                found[what] = look_up(labels, name)
-
     if frame.get("structure") is None:
         raise BadInput(f"{source}: has no structure; it has {', '.join(labels)}")
     atoms = crystal(frame["structure"], source)
-    energy = found["energy"]
-    forces = found["forces"]
-    has_a_label(energy, forces, names, labels, source)
-    if energy is not None:
-        energy = one_number(energy, "the energy", source)
-    if forces is None and len(atoms) == 1:
-        forces = np.zeros((1, 3))
-    if forces is not None:
-        forces = numbers_in(forces, "forces", source)
+    found = find_labels(labels, names, layout.names, source)
 
     # the layout tells the order of its own stress, not that of another name
-    stress = None
-    order = layout.order if not names.stress or names.stress in layout.stress else ""
-    if found["stress"] is not None and not (names.virial() and atoms.cell.rank < 3):
-        stress = six_numbers(found["stress"], order, source)
-    if stress is not None:
-        stress = stress * (-1 / atoms.get_volume() if names.virial() else KBAR)
-
-    return labelled(atoms, energy, forces, stress, source, material_of(keys, frame, source),
-                    group_of(frame))
+    own = layout.names.get("stress", ("stress",))
+    order = layout.order if not names.stress or names.stress in own else ""
+    results = read_labels(found, atoms, names.virial(), source, order, KBAR)
+    return labelled(atoms, **results, source=source, material=material_of(keys, frame, source),
+                    group=group_of(frame))
 
 
 def open_text(path: str):

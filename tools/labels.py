@@ -2,18 +2,21 @@
 
 A frame is an ase.Atoms with labels in atoms.calc.results: "energy" (eV), "forces" (eV/Å), "stress"
 (six numbers in ASE's order and sign, eV/Å³). tools.frames is where files become frames.
+
+TABLE is the one place that names the labels: reader, database, losses, log and report follow it. A
+new label is one entry there, and an output of that name in Facet.atomic_outputs.
 """
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable
+from collections import deque, namedtuple
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from ase import Atoms, units
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.neighborlist import neighbor_list
-from ase.stress import full_3x3_to_voigt_6_stress
+from ase.stress import full_3x3_to_voigt_6_stress, voigt_6_to_full_3x3_stress
 
 from tools import suspicions
 
@@ -36,14 +39,91 @@ class BadInput(ValueError):
     """Input that cannot be used: one sentence with the file, the frame and the cure."""
 
 
-class Names(NamedTuple):
+# ─── The table of labels ──────────────────────────────────────────────────────────────────────────
+
+
+class Unit(NamedTuple):
+    """How errors of a label are shown."""
+
+    text: str            # such as eV/Å; in names of columns it is eV_per_A
+    factor: float = 1.0  # a number of the frames times this is in the unit
+    digits: int = 4      # after the point
+    width: int = 8       # of the number, in characters
+
+    def column(self, quantity: str, kind: str) -> str:
+        """("force", "mae") → force_mae_eV_per_A."""
+        unit = self.text.replace("/", "_per_").replace("Å", "A").replace(" ", "_")
+        return f"{quantity}_{kind}_{unit}"
+
+
+@dataclass
+class Label:
+    """What there is to know of a label."""
+
+    name: str                    # in atoms.calc.results, in files unless --NAME says otherwise
+    unit: str                    # in frames and files
+    per_atom: bool = False       # a row for each atom, else one for each crystal
+    shape: tuple[int, ...] = ()  # of a row; (6,): a symmetric tensor, in ASE's order
+    expected: bool = False       # a frame has one of those expected; if it lacks another: a note
+
+    # What the model makes of it
+    output: str = ""             # name among the outputs of the model; "": as above
+    extensive: bool = False      # the label grows with the crystal: errors count per atom
+    per_volume: bool = False     # the output is the label times the volume, errors count per atom
+
+    # Its loss
+    weight: float | None = 1.0   # --NAME_weight by default; None: 1, and no such option
+    grows: bool = False          # the weight grows, from a twentieth to all of it in the end
+    scaled: bool = False         # errors are divided by the force RMS of the training set
+    sharper: float = 1.0         # --huber is divided by this
+    loss_digits: int = 4         # of the loss on the screen
+
+    # Its errors
+    quantity: str = ""           # in names of columns; "": as the name
+    log: Unit | None = None      # in metrics.csv and on the screen; None: as in frames
+    report: Unit | None = None   # in the report and result.json; None: as in the log
+
+    def __post_init__(self):
+        self.output = self.output or self.name
+        self.quantity = self.quantity or self.name
+        self.log = self.log or Unit(self.unit)
+        self.report = self.report or self.log._replace(width=25)
+
+    def array(self, results: dict, atoms: int) -> np.ndarray:
+        """The label of a frame, [N, …] or […], nan if it has none; a tensor with all nine numbers.
+
+        results: of a calculator; atoms: N.
+        """
+        value = results.get(self.name)
+        if value is None:
+            value = np.full(self.full_shape(atoms), np.nan)
+        return voigt_6_to_full_3x3_stress(value) if self.shape == (6,) else np.asarray(value, float)
+
+    def full_shape(self, atoms: int) -> tuple[int, ...]:
+        """Of the label of so many atoms."""
+        return (atoms, *self.shape) if self.per_atom else self.shape
+
+
+# New ones come last: databases hold lists in this order
+TABLE = (
+    Label("energy", "eV", expected=True, extensive=True,
+          grows=True, scaled=True, sharper=10, loss_digits=5,
+          log=Unit("meV/atom", 1000, 2), report=Unit("meV/atom", 1000, 2, 21)),
+    Label("forces", "eV/Å", per_atom=True, shape=(3,), expected=True,
+          weight=None, scaled=True,
+          quantity="force", log=Unit("meV/Å", 1000, 1, 7), report=Unit("eV/Å", 1, 4, 27)),
+    Label("stress", "eV/Å³", shape=(6,), output="virial", per_volume=True,
+          weight=0.1, scaled=True,
+          log=Unit("GPa", 1 / units.GPa, 3), report=Unit("GPa", 1 / units.GPa, 3, 18)),
+)
+LABELS = tuple(label.name for label in TABLE)
+
+
+class Names(namedtuple("Names", LABELS, defaults=[""] * len(LABELS))):
     """Names of the labels in the files, compared without regard to case; "": the usual ones.
 
     A stress with "virial" in its name (but not "stress") is a virial in eV.
     """
-    energy: str = ""
-    forces: str = ""
-    stress: str = ""
 
     def virial(self) -> bool:
         """Whether the name of the stress is that of a virial."""
@@ -52,27 +132,34 @@ class Names(NamedTuple):
 
 
 USUAL = Names()
-LABELS = ("energy", "forces", "stress")
 
 
-def labelled(atoms: Atoms, energy: float | None, forces: np.ndarray | None,
-             stress: np.ndarray | None = None, source: str = "here", material: str = "",
-             group: str = "") -> Atoms:
+def name_help(label: Label) -> str:
+    """What --help says of the option that names a label."""
+    virial = "; if virial is in the name: of the virial, eV" if label.name == "stress" else ""
+    return f"name of the {label.name} in the files ({label.unit}{virial}); by default {label.name}"
+
+
+# ─── Frames ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def labelled(atoms: Atoms, *labels, source: str = "here", material: str = "", group: str = "",
+             **more) -> Atoms:
     """A frame: the geometry of `atoms`, and nothing else of it, with labels.
 
-    energy eV, forces [N, 3] eV/Å, stress [6] eV/Å³ in ASE's order; None where there is none.
-    Constraints are dropped: they would set forces to zero. Without a material, the frame is one of
-    its own.
+    labels: in the order of LABELS, or by name; units and shapes as in TABLE; None where there is
+    none. Constraints are dropped: they would set forces to zero. Without a material, the frame is
+    one of its own. Raises TypeError for a label that is not in the table.
     """
+    values = {**dict(zip(LABELS, labels)), **more}
+    if len(labels) > len(LABELS) or not set(values) <= set(LABELS):
+        raise TypeError(f"labels are {', '.join(LABELS)}, not {labels} {', '.join(more)}")
     frame = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell.array, pbc=atoms.pbc)
-    results = {}
-    if energy is not None:
-        results["energy"] = float(energy)
-    if forces is not None:
-        results["forces"] = np.array(forces, float)
-    if stress is not None:
-        results["stress"] = np.array(stress, float)
-    frame.calc = SinglePointCalculator(frame, **results)
+    frame.calc = SinglePointCalculator(frame)  # which itself takes only labels that ASE knows
+    for name, value in values.items():
+        if value is not None:
+            value = np.array(value, float)
+            frame.calc.results[name] = value if value.ndim else float(value)
     frame.info = {"source": source, "material": material or source, "group": group}
     return frame
 
@@ -84,15 +171,19 @@ def check(atoms: Atoms) -> Atoms:
     if len(atoms) == 0:
         raise BadInput(f"{source}: has no atoms; remove the frame")
 
-    forces = results.get("forces", np.zeros((len(atoms), 3)))
-    if forces.shape != (len(atoms), 3):
-        raise BadInput(f"{source}: {len(atoms)} atoms, but forces of shape {forces.shape}; three "
-                       f"numbers for each atom are needed")
-
-    # everything is a finite number
-    for what, value in (("an energy", results.get("energy", 0.0)), ("a force", forces),
-                        ("a position", atoms.positions), ("a cell vector", atoms.cell.array),
-                        ("a component of the stress", results.get("stress", 0.0))):
+    # everything is a finite number, and there are as many as there should be
+    parts = [("a position", atoms.positions), ("a cell vector", atoms.cell.array)]
+    for label in TABLE:
+        if label.name not in results:
+            continue
+        shape = np.shape(results[label.name])
+        wanted = label.full_shape(len(atoms))
+        if shape != wanted:
+            raise BadInput(f"{source}: {len(atoms)} atoms, but {label.name} of shape {shape}, not "
+                           f"{wanted}")
+        what = f"a component of the {label.quantity}" if wanted else f"the {label.quantity}"
+        parts.append((what, results[label.name]))
+    for what, value in parts:
         if not np.isfinite(value).all():
             raise BadInput(f"{source}: {what} is NaN or infinite; remove the frame or compute it "
                            f"again")
@@ -216,9 +307,54 @@ class Runs:
         return number
 
 
-def has_a_label(energy, forces, names: Names, labels: Iterable[str], source: str) -> None:
-    """Raise BadInput if there is neither energy nor forces."""
-    if energy is None and forces is None:
-        raise BadInput(f"{source}: has no {names.energy or 'energy'} and no "
-                       f"{names.forces or 'forces'}; it has {', '.join(map(str, labels))}. Tell "
-                       f"names by --energy and --forces, or remove the frame")
+def find_labels(there: dict, names: Names, usual: dict, source: str) -> dict:
+    """What a file says of each label of the table, under the name given or the first usual one.
+
+    there: all that the frame has, by name; usual: {label: names}, its own name where there is none.
+    Raises BadInput if there is none of the labels that are expected.
+    """
+    found = {}
+    for label in TABLE:
+        given = getattr(names, label.name)
+        for name in [given] if given else usual.get(label.name, (label.name,)):
+            if found.get(label.name) is None:
+                found[label.name] = look_up(there, name)
+
+    expected = [label.name for label in TABLE if label.expected]
+    if all(found[name] is None for name in expected):
+        lacking = " and no ".join(getattr(names, name) or name for name in expected)
+        options = " and ".join(f"--{name}" for name in expected)
+        raise BadInput(f"{source}: has no {lacking}; it has {', '.join(map(str, there))}. Tell "
+                       f"names by {options}, or remove the frame")
+    return found
+
+
+def read_labels(found: dict, atoms: Atoms, virial: bool, source: str, order: str = ASE_ORDER,
+                unit: float = 1.0) -> dict:
+    """What a file says of the labels → what atoms.calc.results has. Raises BadInput.
+
+    virial: what is found under stress is minus the volume times the stress, eV; a frame without a
+    volume has none. order: of six numbers of stress; unit: of the stress, in eV/Å³.
+    One atom alone needs no forces: they are zero.
+    """
+    results = {}
+    for label in TABLE:
+        value = found[label.name]
+        if value is None:
+            continue
+        if label.shape == (6,):
+            if virial and atoms.cell.rank < 3:
+                continue
+            value = six_numbers(value, order, source)
+        elif label.full_shape(len(atoms)) == ():
+            value = one_number(value, f"the {label.name}", source)
+        else:
+            value = numbers_in(value, label.name, source)
+        results[label.name] = value
+
+    if len(atoms) == 1:
+        results.setdefault("forces", np.zeros((1, 3)))
+    if results.get("stress") is not None:
+        stress = results["stress"]
+        results["stress"] = -stress / atoms.get_volume() if virial else stress * unit
+    return results

@@ -18,12 +18,11 @@ from types import SimpleNamespace
 import ase
 import numpy as np
 import torch
-from ase import units
-from ase.stress import voigt_6_to_full_3x3_stress
 
 import facet
 from tools import panels, physics
-from tools.frames import BadInput, load, neighbours, sample
+from tools.frames import BadInput, load_model, load_sets, neighbours, sample
+from tools.labels import TABLE
 
 SAMPLE = 5000  # test structures, evenly spread, that stand for all in a large test set
 GROUPS = 20  # lines of groups at most
@@ -47,15 +46,8 @@ def predict(model: facet.Facet, frames, batch_atoms: int = 256) -> list[dict]:
 
 
 def complete(results: dict, atoms: int) -> dict:
-    """Results under ASE's names → energy, forces [N, 3], stress [3, 3]; nan for what is missing."""
-    stress = np.full((3, 3), np.nan)
-    if "stress" in results:
-        stress = voigt_6_to_full_3x3_stress(results["stress"])
-    return {
-        "energy": float(results.get("energy", np.nan)),
-        "forces": results.get("forces", np.full((atoms, 3), np.nan)),
-        "stress": stress,
-    }
+    """Results under ASE's names → every label, nan for what is missing; stress [3, 3]."""
+    return {label.name: label.array(results, atoms) for label in TABLE}
 
 
 def labels(atoms: ase.Atoms) -> dict:
@@ -64,29 +56,25 @@ def labels(atoms: ase.Atoms) -> dict:
 
 
 def errors(predictions: list[dict], frames) -> dict:
-    """MAE and RMSE of energy (meV/atom), forces (eV/Å, over components) and stress (GPa).
+    """MAE and RMSE of each label: energy (meV/atom), forces (eV/Å, over components), stress (GPa).
 
-    None where there are no labels.
+    None where there are no labels, or no predictions of them.
     """
-    energy = []
-    forces = []
-    stress = []
-    for found, atoms in zip(predictions, frames, strict=True):
-        wanted = labels(atoms)
-        energy.append([1000 * (found["energy"] - wanted["energy"]) / len(atoms)])
-        forces.append((found["forces"] - wanted["forces"]).ravel())
-        stress.append((found["stress"] - wanted["stress"]).ravel() / units.GPa)
-
     table = {}
-    for name, unit, differences in (
-        ("energy", "meV_per_atom", energy),
-        ("force", "eV_per_A", forces),
-        ("stress", "GPa", stress),
-    ):
-        known = np.concatenate([[], *differences])
+    for label in TABLE:
+        differences = [[]]
+        for found, atoms in zip(predictions, frames, strict=True):
+            wanted = labels(atoms)[label.name]
+            difference = label.report.factor * (found.get(label.name, np.nan) - wanted)
+            if label.extensive:
+                difference = difference / len(atoms)
+            differences.append(difference.ravel())
+        known = np.concatenate(differences)
         known = known[np.isfinite(known)]
-        table[f"{name}_mae_{unit}"] = float(np.abs(known).mean()) if len(known) else None
-        table[f"{name}_rmse_{unit}"] = float(np.sqrt((known**2).mean())) if len(known) else None
+        mae = float(np.abs(known).mean()) if len(known) else None
+        rmse = float(np.sqrt((known**2).mean())) if len(known) else None
+        table[label.report.column(label.quantity, "mae")] = mae
+        table[label.report.column(label.quantity, "rmse")] = rmse
     return table
 
 
@@ -216,26 +204,20 @@ class PairPotential:
 
 def table_line(name: str, table: dict) -> str:
     """One line of the table of errors; – where there are no labels."""
-
-    def cell(quantity: str, unit: str, digits: int) -> str:
-        mae = table[f"{quantity}_mae_{unit}"]
-        if mae is None:
-            return "–"
-        rmse = table[f"{quantity}_rmse_{unit}"]
-        return f"{mae:.{digits}f} ({rmse:.{digits}f})"
-
-    energy = cell("energy", "meV_per_atom", 2)
-    force = cell("force", "eV_per_A", 4)
-    stress = cell("stress", "GPa", 3)
-    return f"  {name:34s} {energy:>21s} {force:>27s} {stress:>18s}"
+    cells = [f"  {name:34s}"]
+    for label in TABLE:
+        unit = label.report
+        mae = table[unit.column(label.quantity, "mae")]
+        rmse = table[unit.column(label.quantity, "rmse")]
+        cell = "–" if mae is None else f"{mae:.{unit.digits}f} ({rmse:.{unit.digits}f})"
+        cells.append(f"{cell:>{unit.width}s}")
+    return " ".join(cells)
 
 
 def print_table(rows: dict[str, dict], groups: dict[str, dict], structures: int) -> None:
     """Facet and the baselines; a line for each group, where the files name several."""
-    print(
-        f"\n{structures} test structures               energy MAE (RMSE) meV/atom"
-        "    force MAE (RMSE) eV/Å    stress MAE (RMSE) GPa"
-    )
+    titles = [f"{label.quantity} MAE (RMSE) {label.report.text}" for label in TABLE]
+    print(f"\n{structures} test structures               {'    '.join(titles)}")
     for name, table in rows.items():
         print(table_line(name, table))
 
@@ -282,17 +264,17 @@ def read_run(folder: Path) -> tuple[facet.Facet, SimpleNamespace]:
     device = "cpu"
     if settings.device != "cpu" and torch.cuda.is_available():
         device = settings.device or "cuda"
-    return facet.load(folder / "model.pt", device), settings
+    return load_model(folder / "model.pt", device), settings
 
 
 def report(folder: str | Path) -> dict:
     """Print the test table with its baselines and some physics, draw report.png; the numbers.
 
-    Raises BadInput, or ValueError, where the folder or the data it was trained on cannot be read.
+    Raises BadInput where the folder or the data it was trained on cannot be read.
     """
     folder = Path(folder)
     model, settings = read_run(folder)
-    train, valid, everything = load(settings, folder.parent, say=None)
+    train, valid, everything = load_sets(settings, folder.parent, say=None)
 
     # errors on the test set
     test = list(sample(everything, SAMPLE))
@@ -344,7 +326,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     try:
         report(args.folder)
-    except (ValueError, OSError) as error:
+    except (BadInput, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"\n{args.folder / 'report.png'}")
 

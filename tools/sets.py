@@ -21,15 +21,19 @@ from tools.labels import LABELS, USUAL, BadInput, Names, is_free, labelled
 # numbers that differ by less are equal: files keep about eight digits
 EQUAL = 2e-6
 
+# labels that ASE's databases have a column for; others are in the column data
+COLUMNS = ("energy", "forces", "stress", "dipole", "magmom", "magmoms", "charges")
+
 
 # ─── Sets of frames ───────────────────────────────────────────────────────────────────────────────
 
 
 class InMemory:
-    """Frames as a list of Atoms."""
+    """Frames as a list of Atoms, of a file if they have a path."""
 
-    def __init__(self, images: Iterable[Atoms]):
+    def __init__(self, images: Iterable[Atoms], path: str = ""):
         self.images = list(images)
+        self.path = path
 
     def __len__(self) -> int:
         return len(self.images)
@@ -99,16 +103,17 @@ class OnDisk:
     made with other names of labels.
     """
 
-    def __init__(self, path: str, names: Names = USUAL, use_stress: bool = True):
+    def __init__(self, path: str, names: Names = USUAL, without: Sequence[str] = ()):
+        """without: labels that are not read."""
         self.path = os.path.abspath(path)
-        self.use_stress = use_stress
+        self.read = [name for name in LABELS if name not in without]
         self.owner = None
         self.database = None
 
         made = self.connection().metadata["facet"]
         if not made["complete"]:
             raise BadInput(f"{path}: is not complete; give the command that makes it once more")
-        if names != USUAL and list(names) != made["names"]:
+        if names not in (USUAL, Names(*made["names"][:len(LABELS)])):
             raise BadInput(f"{path}: has its labels already; names of labels are given to "
                            f"tools.database, which makes it")
         self.ids = self.column("SELECT id FROM systems ORDER BY id", int)
@@ -139,9 +144,11 @@ class OnDisk:
     def frame(self, row: int) -> Atoms:
         found = self.connection().get(int(self.ids[row]))
         atoms = Atoms(found.numbers, found.positions, cell=found.cell, pbc=found.pbc)
-        stress = found.get("stress") if self.use_stress else None
-        return labelled(atoms, found.get("energy"), found.get("forces"), stress, found.source,
-                        found.material, found.get("group", ""))
+        there = found.data if set(self.read) - set(COLUMNS) else {}
+        labels = {name: found.get(name) if name in COLUMNS else there.get(name)
+                  for name in self.read}
+        return labelled(atoms, **labels, source=found.source, material=found.material,
+                        group=found.get("group", ""))
 
     def atom_counts(self) -> np.ndarray:
         return self.column("SELECT natoms FROM systems ORDER BY id", int)
@@ -164,12 +171,14 @@ class OnDisk:
         return np.where(np.isfinite(found), found, np.nan)
 
     def labels(self) -> np.ndarray:
-        columns = []
-        for name in LABELS:
-            command = f"SELECT {name} IS NOT NULL FROM systems ORDER BY id"
-            columns.append(self.column(command, bool))
-        columns[2] &= self.use_stress
-        return np.stack(columns, 1)
+        found = np.zeros((len(self), len(LABELS)), bool)
+        for number, name in enumerate(LABELS):
+            has = f"{name} IS NOT NULL"
+            if name not in COLUMNS:
+                has = f"instr(data, CAST('\"{name}\"' AS BLOB)) > 0"  # a key of what is in there
+            if name in self.read:
+                found[:, number] = self.column(f"SELECT {has} FROM systems ORDER BY id", bool)
+        return found
 
     def volumes(self) -> np.ndarray:
         return self.column("SELECT COALESCE(volume, 0) FROM systems ORDER BY id", float)
@@ -182,9 +191,8 @@ class OnDisk:
     def checksums(self) -> np.ndarray:
         if self.sums is not None:
             return self.sums
-        columns = "numbers, positions, cell, pbc, energy, forces"
-        if self.use_stress:
-            columns += ", stress"
+        of_labels = [name if name in COLUMNS else "data" for name in self.read]
+        columns = ", ".join(["numbers", "positions", "cell", "pbc", *dict.fromkeys(of_labels)])
         sums = np.zeros(len(self), np.uint32)
         for row, values in enumerate(self.select(f"SELECT {columns} FROM systems ORDER BY id")):
             for value in values:
@@ -223,6 +231,15 @@ class Frames(Sequence):
         """Some of the frames: their indices, as Frames."""
         return Frames(self.parts, self.rows[np.asarray(chosen, int)])
 
+    def files(self) -> dict[str, int]:
+        """How many of these frames are of each file."""
+        found = {}
+        for number, part in enumerate(self.parts):
+            count = int((self.rows[:, 0] == number).sum())
+            if count and part.path:
+                found[part.path] = found.get(part.path, 0) + count
+        return found
+
     def gather(self, columns: list[np.ndarray]) -> np.ndarray:
         """The column [F, …] from those of all parts."""
         first = np.cumsum([0] + [len(part) for part in self.parts])  # row of each part's first
@@ -244,8 +261,9 @@ class Frames(Sequence):
         return self.gather([np.zeros(0)] + [part.energies() for part in self.parts])
 
     def labels(self) -> np.ndarray:
-        """Whether every frame has energy, forces and stress, [F, 3] of bool."""
-        return self.gather([np.zeros((0, 3), bool)] + [part.labels() for part in self.parts])
+        """Whether every frame has each of LABELS, [F, 3] of bool."""
+        empty = np.zeros((0, len(LABELS)), bool)
+        return self.gather([empty] + [part.labels() for part in self.parts])
 
     def volumes(self) -> np.ndarray:
         """Volume of every cell, Å³, [F]; 0 where it does not span space."""

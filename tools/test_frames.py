@@ -26,6 +26,7 @@ from ase.md.verlet import VelocityVerlet
 
 from tools import emt, frames, suspicions
 from tools.frames import BadInput, Names
+from tools.labels import look_up
 
 ROOT = Path(frames.__file__).resolve().parents[1]
 EV_PER_A3_IN_KBAR = 1602.1766208  # CODATA 2014, as in the files' own documentation
@@ -149,7 +150,7 @@ def test_stress_of_nothing_but_nan_is_none(tmp_path):
 def test_stress_can_be_left_unread(tmp_path):
     path = write(tmp_path / "a.extxyz", copper(2))
     assert "stress" in frames.read([path])[1].calc.results
-    assert "stress" not in frames.read([path], use_stress=False)[1].calc.results
+    assert "stress" not in frames.read([path], without=["stress"])[1].calc.results
 
 
 def test_broken_file_is_refused_in_one_sentence(tmp_path):
@@ -228,9 +229,9 @@ def test_labels_are_found_under_their_names_in_any_capitals(names, tmp_path):
 
 
 def test_exact_name_goes_before_other_capitals():
-    assert frames.look_up({"Energy": 1, "energy": 2}, "energy") == 2
-    assert frames.look_up({"Energy": 1, "energy": None}, "energy") == 1
-    assert frames.look_up({"Energies": 1}, "energy") is None
+    assert look_up({"Energy": 1, "energy": 2}, "energy") == 2
+    assert look_up({"Energy": 1, "energy": None}, "energy") == 1
+    assert look_up({"Energies": 1}, "energy") is None
 
 
 def test_virial_of_a_frame_without_volume_is_no_stress(tmp_path):
@@ -286,7 +287,7 @@ def test_frame_trains_with_the_labels_it_has(tmp_path):
     assert "energy              in 12 of 14 frames" in frames.report(some)
 
     said = []
-    frames.load(settings(train=(path,)), tmp_path, said.append)
+    frames.load_sets(settings(train=(path,)), tmp_path, said.append)
     assert said == [f"note: 2 of 14 frames of the training set have no energy, the first of them "
                     f"{path}, frame 5; their other labels count",
                     f"note: 1 of 14 frames of the training set have no forces, the first of them "
@@ -521,7 +522,7 @@ def alloys(count: int = 30, seed: int = 0) -> list[Atoms]:
                       pbc=True)
         stress = None if i % 4 == 0 else rng.normal(0, 0.1, 6)
         crystals.append(frames.labelled(atoms, float(rng.normal()), rng.normal(size=(n, 3)), stress,
-                                        f"here, frame {i}", f"material {i // 2}"))
+                                        source=f"here, frame {i}", material=f"material {i // 2}"))
     return crystals
 
 
@@ -771,7 +772,7 @@ def test_load_sets_aside_what_is_not_given(tmp_path):
         paths[name] = (write(tmp_path / f"{name}.xyz", crystals),)
 
     def sizes(**more):
-        sets = frames.load(settings(**more), tmp_path)
+        sets = frames.load_sets(settings(**more), tmp_path)
         for some, other in ((0, 1), (0, 2), (1, 2)):
             shared = ({a.info["source"] for a in sets[some]}
                       & {a.info["source"] for a in sets[other]})
@@ -790,9 +791,9 @@ def test_load_sets_aside_what_is_not_given(tmp_path):
 def test_load_hands_on_names_and_weights(tmp_path):
     path = write(tmp_path / "ref.xyz", renamed(copper(12)))
     names = dict(energy="REF_energy", forces="REF_forces", stress="REF_virial")
-    train, _, _ = frames.load(settings(train=(path,), **names), tmp_path)
+    train, _, _ = frames.load_sets(settings(train=(path,), **names), tmp_path)
     assert "stress" in train[0].calc.results
-    train, _, _ = frames.load(settings(train=(path,), stress_weight=0, **names), tmp_path)
+    train, _, _ = frames.load_sets(settings(train=(path,), stress_weight=0, **names), tmp_path)
     assert "stress" not in train[0].calc.results
 
 
@@ -803,7 +804,7 @@ def test_equal_frames_are_trained_on_once(tmp_path):
     said = []
     for paths, count in (([path], 3), ([path, str(other)], 21)):
         said.clear()
-        train, valid, test = frames.load(settings(train=paths), tmp_path, said.append)
+        train, valid, test = frames.load_sets(settings(train=paths), tmp_path, said.append)
         assert len(train) + len(valid) + len(test) == 15
         copies = said[-1]
         assert copies.startswith(f"note: {count} of {15 + count} frames to train on are there "
@@ -836,14 +837,14 @@ def test_frames_of_other_sets_are_not_trained_on(what, tmp_path):
     held = write(tmp_path / "b.xyz", crystals[4:8])
     given = settings(train=(train,), **{"test": ("0",), "valid": ("0",), what: (held,)})
     said = []
-    sets = dict(zip(("train", "valid", "test"), frames.load(given, tmp_path, said.append)))
+    sets = dict(zip(("train", "valid", "test"), frames.load_sets(given, tmp_path, said.append)))
     assert said == [f"note: 4 of 30 frames to train on are also in the {what} set and stay there "
                     f"alone, the first of them {train}, frame 4, which equals {held}, frame 0"]
     assert len(sets["train"]) == 26 and len(sets[what]) == 4
     assert_same_frames(sets["train"], crystals[:4] + crystals[8:])
     given.train = (held,)
     with pytest.raises(BadInput, match=f"every frame to train on is also in the {what} set"):
-        frames.load(given, tmp_path, said.append)
+        frames.load_sets(given, tmp_path, said.append)
 
 
 def test_free_atoms_of_a_test_file_stay_there_and_are_named(tmp_path):
@@ -854,7 +855,8 @@ def test_free_atoms_of_a_test_file_stay_there_and_are_named(tmp_path):
             atoms.info = {}
         paths[name] = (write(tmp_path / f"{name}.xyz", crystals),)
     said = []
-    train, _, test = frames.load(settings(train=paths["a"], test=paths["b"]), tmp_path, said.append)
+    train, _, test = frames.load_sets(
+        settings(train=paths["a"], test=paths["b"]), tmp_path, said.append)
     assert said == [f"note: 2 free atoms of the test set stay there and are not trained on, the "
                     f"first of them {paths['b'][0]}, frame 3"]
     assert frames.free_atoms(train).sum() == 1 and frames.free_atoms(test).sum() == 2
@@ -863,18 +865,18 @@ def test_free_atoms_of_a_test_file_stay_there_and_are_named(tmp_path):
 def test_strict_turns_warnings_into_errors_and_quiet_says_nothing(tmp_path, capsys):
     crystals = copper(15)
     path = write(tmp_path / "a.xyz", crystals)
-    frames.load(settings(train=(path,), strict=True), tmp_path)
+    frames.load_sets(settings(train=(path,), strict=True), tmp_path)
     assert capsys.readouterr().err == ""
     crystals[4].calc.results["energy"] = 1e6
     write(tmp_path / "a.xyz", crystals)
-    frames.load(settings(train=(path,)), tmp_path)
+    frames.load_sets(settings(train=(path,)), tmp_path)
     text = capsys.readouterr().err
     assert text.startswith("warning: energies far") and f"{path}, frame 4" in text
     assert text.count("\n") == 1
     with pytest.raises(BadInput, match="1 warnings, which --strict .* frame 4"):
-        frames.load(settings(train=(path,), strict=True), tmp_path)
+        frames.load_sets(settings(train=(path,), strict=True), tmp_path)
     capsys.readouterr()
-    frames.load(settings(train=(path,), strict=True), tmp_path, say=None)
+    frames.load_sets(settings(train=(path,), strict=True), tmp_path, say=None)
     assert capsys.readouterr().err == ""
 
 
@@ -888,7 +890,7 @@ def test_load_makes_the_embedded_set_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(emt, "write", write_few)
     for _ in range(2):
-        sets = frames.load(settings(), tmp_path / "runs")
+        sets = frames.load_sets(settings(), tmp_path / "runs")
         assert sum(map(len, sets)) == 20
     assert made == [tmp_path / "runs" / "emt.extxyz"]
 

@@ -5,27 +5,38 @@ of wrong ones.
     pytest -k solution_03     facet.py with solutions/03.patch applied in memory, by the same check
     pytest -k wrong_03        the solution with one line spoilt: the check must reject it
 
+Exercises 1 to 16 change facet.py alone. 17 and 18 change tools/labels.py too: their checks run in a
+copy of the whole tree, in a process of its own.
+
 What you call things is up to you: a check finds your work by what it does (LOOKED_FOR). All is in
 float64, with random weights, none of them zero. Every comparison goes through `same`, or for a
 control through `differ`; every tolerance stands in TOL with its reason.
 """
 import ast
+import csv
 import inspect
 import io
+import json
+import os
 import re
 import subprocess
+import sys
 from functools import cache
 from itertools import product
 from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
+import ase.build
 import ase.io
 import numpy as np
 import pytest
 import torch
 from ase import Atoms, units
 from ase.calculators.calculator import Calculator, all_properties
+from ase.calculators.emt import EMT
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.neighborlist import neighbor_list
 from scipy.interpolate import BSpline
 from scipy.spatial.transform import Rotation
 
@@ -44,6 +55,8 @@ TOL = {  # largest allowed difference, in units of the largest wanted value (of 
     "cutoff": 1e-4,         # 1e-6 Å inside, the curvature has not quite gone; a jump is above 1e-2
     "fit": 0.03,            # functions of size 1 that oscillate, fitted by twelve others
     "training": 0.2,        # a hundred steps leave less than a hundredth of either loss
+    "screen": 1e-4,         # four digits after the point
+    "file": 1e-6,           # an extxyz file has eight digits
     "control": 1e-3,        # what a control must at least differ by
 }
 
@@ -1056,15 +1069,15 @@ def apply_patch(patch: str, source: str) -> str:
 def changed_lines(patch: str) -> int:
     """Lines that a unified diff adds or removes, blank ones not counted."""
     count = 0
-    for line in patch.partition("\n@@")[2].splitlines():
+    for line in patch.splitlines():
         if line.startswith(("+", "-")) and line[1:].strip():
-            count += 1
+            count += not line.startswith(("+++ ", "--- "))  # the name of a file
     return count
 
 
-def edited() -> bool:
-    """Is facet.py not the one that this checkout came with?"""
-    command = ["git", "diff", "--quiet", "HEAD", "--", "facet.py"]
+def edited(name: str = "facet.py") -> bool:
+    """Is this file not the one that this checkout came with?"""
+    command = ["git", "diff", "--quiet", "HEAD", "--", name]
     return subprocess.run(command, cwd=ROOT, capture_output=True).returncode != 0
 
 
@@ -1166,26 +1179,222 @@ def test_exercise_13_accepts_every_right_shape(shape, use):
     check(13, patched(patch.replace("self.pair[", f"{use}[")))
 
 
+# ─── A new label: exercises 17 and 18, in a copy of the tree ──────────────────────────────────────
+
+
+SHAPES = {17: (), 18: (3,)}  # exercise: shape of the label of one atom
+
+WRONG_LABELS = {  # as WRONG
+    17: ("a number for each crystal", ", per_atom=True", "", "magmoms has 4 numbers, one is need"),
+    18: ("(y, z, x) taken for (x, y, z)", "[:, [2, 0, 1]]", "[:, [0, 1, 2]]",
+         "dipoles of the turned crystal"),
+}
+
+TRAINS = """
+import json, sys
+import numpy as np, torch
+import facet, train_small
+from tools import database, frames, labels, physics
+
+name = labels.TABLE[-1].name
+physics.STEPS = 10
+torch.set_num_threads(1)
+s = train_small.Settings(
+    train=("new.extxyz",), valid=("valid.extxyz",), test=("valid.extxyz",), name="new", steps=60,
+    channels=8, layers=2, degree=1, batch_atoms=16, threads=1, workers=0,
+    **{name: "REF_" + name, name + "_weight": 1.0})
+result = train_small.main(s)
+
+database.convert(["new.extxyz"], "new.db", labels.Names(**{name: "REF_" + name}))
+stored = frames.read(["new.db"])
+plain = frames.read(["new.extxyz"], labels.Names(**{name: "REF_" + name}))
+bare = frames.read(["new.db"], without=[name])
+
+def predicted(atoms):
+    atoms = atoms.copy()
+    atoms.calc = facet.FacetCalculator("runs/new/model.pt", "cpu", torch.float64)
+    atoms.get_potential_energy()
+    return atoms.calc.get_property(name, atoms).tolist()
+
+turn = np.array(json.loads(sys.argv[1]))
+atoms = plain[0].copy()
+turned = atoms.copy()
+turned.set_cell(atoms.cell.array @ turn.T, scale_atoms=True)
+print(json.dumps({
+    "result": {key: value for key, value in result.items() if name in key},
+    "stored": [atoms.calc.results[name].tolist() for atoms in stored],
+    "plain": [atoms.calc.results[name].tolist() for atoms in plain],
+    "labelled": [stored.labels()[:, -1].tolist(), plain.labels()[:, -1].tolist()],
+    "bare": bool(bare.labels()[:, -1].any() or name in bare[0].calc.results),
+    "fingerprints": [stored.fingerprint(), bare.fingerprint()],
+    "predicted": predicted(atoms), "turned": predicted(turned),
+    "backwards": predicted(atoms[::-1])}))
+"""
+
+
+def of_neighbours(atoms: Atoms, shape: tuple[int, ...]) -> np.ndarray:
+    """A label that can be learned: a sum over neighbours of charges, or of their directions."""
+    i, j, r = neighbor_list("ijD", atoms, CUTOFF)
+    charge = np.where(atoms.symbols == "Au", 1.0, -0.3)[j] * np.exp(-(r ** 2).sum(1) / 4)
+    terms = charge[:, None] * r if shape else charge
+    values = np.zeros((len(atoms), *shape))
+    np.add.at(values, i, terms)
+    return values
+
+
+def write_labelled(path: Path, shape: tuple[int, ...], name: str, first: int) -> None:
+    """Eight rattled crystals of copper and gold with EMT's labels and a column REF_name."""
+    crystals = []
+    for k in range(first, first + 8):
+        atoms = ase.build.bulk("Cu", cubic=True, a=3.7)
+        atoms.symbols[k % 4] = "Au"
+        atoms.rattle(0.2, seed=k)
+        atoms.calc = EMT()
+        energy, forces = atoms.get_potential_energy(), atoms.get_forces()
+        atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=forces)
+        atoms.arrays[f"REF_{name}"] = of_neighbours(atoms, shape)
+        crystals.append(atoms)
+    ase.io.write(path, crystals)
+
+
+def new_label(shape: tuple[int, ...], source: str) -> str | None:
+    """Name of the last label in the table, if it is new and has such a row for each atom."""
+    module = ModuleType("labels")
+    sys.modules["labels"] = module  # dataclasses look their module up there
+    exec(compile(source, "tools/labels.py", "exec"), module.__dict__)
+    del sys.modules["labels"]
+    label = module.TABLE[-1]
+    old = ("energy", "forces", "stress")
+    return label.name if label.name not in old and label.shape == shape else None
+
+
+def copied(folder: Path, patch: str = "") -> Path:
+    """The tree, with a patch."""
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")]:
+        target = folder / path.relative_to(ROOT)
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    if patch:
+        done = subprocess.run(["git", "apply"], cwd=folder, input=patch, capture_output=True,
+                              text=True)
+        if done.returncode and (edited("facet.py") or edited("tools/labels.py")):
+            pytest.skip("the model solution does not fit your files any more")
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+def trained(folder: Path, name: str, shape: tuple[int, ...]) -> subprocess.CompletedProcess:
+    """The script above, in a process of its own, in this tree."""
+    write_labelled(folder / "new.extxyz", shape, name, 0)
+    write_labelled(folder / "valid.extxyz", shape, name, 100)
+    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-c", TRAINS, json.dumps(ROTATION.tolist())], cwd=folder,
+                          env=environment, capture_output=True, text=True)
+
+
+def check_label(folder: Path, shape: tuple[int, ...]) -> None:
+    """From a column of an extxyz file through training to atoms.calc.results."""
+    name = new_label(shape, (folder / "tools/labels.py").read_text(encoding="utf-8"))
+    assert name is not None, "not found: a new label with a row for each atom in tools/labels.py"
+    done = trained(folder, name, shape)
+    assert done.returncode == 0, done.stderr.splitlines()[-1]
+    lines = done.stdout.splitlines()
+    found = json.loads(lines[-1])
+
+    # The log, on the screen and in metrics.csv, with as many numbers as there are titles
+    title, = (line for line in lines if line.startswith("   step"))
+    assert f"{name} MAE" in title and title.partition(")")[0].endswith(f" {name}")
+    line, = (line for line in lines if line.startswith("     60 "))
+    with open(folder / "runs/new/metrics.csv", encoding="utf-8") as file:
+        log = list(csv.DictReader(file))
+    mae, = (key for key in log[0] if key.startswith(f"{name}_mae_"))
+    shown = line.partition("(")[2].partition(")")[0].split()[-1]
+    same("loss on the screen", float(shown), float(log[-1][f"loss_{name}"]), "screen")
+    assert f"{float(log[-1][mae]):.4f} " in line
+    fallen = float(log[-1][f"loss_{name}"]) / float(log[0][f"loss_{name}"])
+    assert fallen < 0.5, f"{fallen:.2f} of the loss of {name} is left after training"
+
+    # The report: its table, and result.json
+    heading, = (line for line in lines if "test structures " in line)
+    assert f"{name} MAE (RMSE)" in heading
+    table = json.loads((folder / "runs/new/result.json").read_text())
+    row, = (line for line in lines if line.startswith("  Facet "))
+    for kind in ("mae", "rmse"):
+        key = mae.replace("_mae_", f"_{kind}_")
+        assert table[key] == found["result"][key] and f"{table[key]:.4f}" in row
+        assert table["baselines"]["constant per species"][key] is None
+
+    # A database holds the label; who does not want it, does not read it
+    assert found["stored"] == found["plain"] and found["labelled"] == 2 * [8 * [True]]
+    first = ase.io.read(folder / "new.extxyz", 0)
+    same(name, found["plain"][0], of_neighbours(first, shape), "file")
+    assert not found["bare"] and found["fingerprints"][0] != found["fingerprints"][1]
+
+    # The calculator's results: a row for each atom, a scalar or a vector
+    values = np.array(found["predicted"])  # [N] or [N, 3]
+    want = values @ ROTATION.T if shape else values
+    same(f"{name} of the turned crystal", found["turned"], want)
+    same(f"{name} of the atoms in another order", found["backwards"], values[::-1])
+    differ(f"{name} of the atoms in another order, not put in order", found["backwards"], values)
+
+
+@pytest.mark.parametrize("name", [f"exercise_{N:02}" for N in SHAPES])
+def test_your_label(name, tmp_path):
+    shape = SHAPES[int(name[-2:])]
+    if new_label(shape, (ROOT / "tools/labels.py").read_text(encoding="utf-8")) is None:
+        pytest.skip(f"not solved yet; looked for in tools/labels.py: a label of shape {shape} last")
+    check_label(copied(tmp_path), shape)
+
+
+@pytest.mark.parametrize("name", [f"solution_{N:02}" for N in SHAPES])
+def test_model_label(name, tmp_path):
+    N = int(name[-2:])
+    check_label(copied(tmp_path, patch_of(N)), SHAPES[N])
+
+
+@pytest.mark.parametrize("name", [f"wrong_{N:02}" for N in WRONG_LABELS])
+def test_rejected_label(name, tmp_path):
+    N = int(name[-2:])
+    what, old, new, complaint = WRONG_LABELS[N]
+    patch = patch_of(N)
+    assert patch.count(old) == 1, f"{old!r} should stand once in solution {N}: change WRONG_LABELS"
+    with pytest.raises(AssertionError, match=complaint) as caught:
+        check_label(copied(tmp_path, patch.replace(old, new)), SHAPES[N])
+    print(f"\n{what}: {caught.value}")
+
+
+def test_label_without_an_output_is_refused_in_one_sentence(tmp_path):
+    """The table knows it, the model does not."""
+    _, of_facet, of_labels = re.split(r"(?m)^diff --git.*\n", patch_of(17))
+    done = trained(copied(tmp_path, of_labels), "magmoms", ())
+    assert done.returncode == 1
+    assert re.search("BadInput: magmoms is a label, but the model has no output magmoms .*$",
+                     done.stderr.splitlines()[-1])
+    assert not (tmp_path / "runs/new").exists()
+
+
 # ─── The page ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_page_tells_the_sizes_of_the_solutions():
     """Changed lines, in each exercise and in the last table, are those of the patches."""
     text = (HERE / "README.md").read_text(encoding="utf-8")
-    sizes = {N: changed_lines(patch_of(N)) for N in LOOKED_FOR}
+    sizes = {N: changed_lines(patch_of(N)) for N in [*LOOKED_FOR, *SHAPES]}
     for N, size in sizes.items():
         section = re.search(rf"(?ms)^## {N}\. .*?(?=^## )", text)[0]
         assert f"{size} changed lines" in section, f"exercise {N}: {size} changed lines"
         assert f"`pytest -k exercise_{N:02}`" in section, f"exercise {N} does not name its check"
         assert re.search(rf"(?m)^\| {N} \|.*\| {size} \|$", text), f"{N}: {size}, in the table"
     assert sizes[6] <= 10 and sizes[7] <= 10 and sizes[10] <= 15
+    for N in SHAPES:
+        assert sizes[N] <= 15 and patch_of(N).count("\ndiff --git") < 3, "lines, and files"
 
 
-@pytest.mark.parametrize("N", LOOKED_FOR)
+@pytest.mark.parametrize("N", [*LOOKED_FOR, *SHAPES])
 def test_git_applies_the_solution(N, tmp_path):
-    if edited():
-        pytest.skip("your facet.py is not the one that the model solutions were made for")
-    (tmp_path / "facet.py").write_bytes((ROOT / "facet.py").read_bytes())
+    if edited() or edited("tools/labels.py"):
+        pytest.skip("your files are not those that the model solutions were made for")
+    copied(tmp_path)
     done = subprocess.run(["git", "apply", str(HERE / "solutions" / f"{N:02}.patch")],
                           cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

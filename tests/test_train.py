@@ -1,6 +1,6 @@
 """Tests of train_small.py: what a training writes, repeats, refuses and survives.
 
-    pytest tools/test_train_small.py
+    pytest tests/test_train.py
 
 Reports are not drawn here, models are tiny and trainings short. Comparisons and tolerances are
 those of test_facet.py.
@@ -8,17 +8,21 @@ those of test_facet.py.
 import copy
 import csv
 import errno
+import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import fields, replace
+from datetime import datetime, timezone
 from itertools import combinations_with_replacement, count, islice
 from pathlib import Path
 from unittest import mock
 
+import ase
 import ase.build
 import ase.io
 import numpy as np
@@ -33,10 +37,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import facet
 import train_small
-from tests.conftest import one_thread  # noqa: F401, a fixture that holds for every test here
-from tools import database
+from tools import batches, database, options, statistics
+from tools import run as of_run
 from tools.check import build, differ, largest, same
+from tools.frames import in_memory, load_sets
+from tools.labels import labelled
 from tools.properties import ALL
+from tools.run import checkpoint as read_checkpoint
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -74,7 +81,7 @@ def file_of(folder: Path, crystals: list[Atoms], name: str = "data.extxyz") -> s
 
 
 def frames_of(folder: Path, crystals: list[Atoms]):
-    return train_small.load(train_small.Settings(
+    return load_sets(train_small.Settings(
         train=(file_of(folder, crystals),), valid=("0",), test=("0",)), folder)[0]
 
 
@@ -82,6 +89,10 @@ def run(folder: Path, out: str = "runs", resume: bool = False, **changes) -> dic
     """A short training on the file in the folder, in folder/out/a."""
     s = train_small.Settings(**{**SHORT, "train": (str(folder / "data.extxyz"),), **changes})
     return train_small.main(s, folder / out, folder / out / "a" if resume else None)
+
+
+def checkpoint(folder: Path) -> dict:
+    return read_checkpoint(folder, train_small.Settings)
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -151,6 +162,47 @@ def test_log_watches_validation_by_the_saved_model_and_never_the_test_set(tmp_pa
     assert all(row["force_mae_meV_per_A"] == "nan" for row in rows)
 
 
+def test_screen_has_a_title_above_every_number(tmp_path, capsys):
+    """The layout, to the character."""
+    log = train_small.Log(tmp_path, frames_of(tmp_path, copper(2))[:0], 0)
+    row = dict.fromkeys(log.columns, 2.5)
+    with mock.patch.object(log, "errors", lambda model: {}):
+        log.line(None, 90.0, {**row, "step": 7})
+    title, line = capsys.readouterr().out.splitlines()
+    assert title == ("   step    loss  (energy  forces  stress)   energy MAE    force MAE"
+                     "   stress MAE        lr  structures/s      left")
+    assert line == ("      7  2.5000 (2.50000  2.5000  2.5000)     2.50 meV     2.5 meV/Å"
+                    "    2.500 GPa   2.5e+00           2.5      90 s")
+
+
+def test_line_of_the_log_names_every_column(tmp_path):
+    """One that is missing or too many is an error, not a shift of the others."""
+    log = train_small.Log(tmp_path, frames_of(tmp_path, copper(2)), 0)
+    row = dict.fromkeys(log.columns, 1.5)
+    log.write(dict(reversed(row.items())))
+    assert metrics(tmp_path) == [dict.fromkeys(log.columns, "1.5")]
+    for wrong in ({**row, "loss_charges": 2.5}, {name: 1.5 for name in row if name != "lr"}):
+        with pytest.raises(ValueError, match="^columns .*, not "):
+            log.write(wrong)
+    assert len(metrics(tmp_path)) == 1
+
+
+def test_label_that_the_model_does_not_predict_is_refused(tmp_path):
+    """A label too many in the table, or an output too few."""
+    file_of(tmp_path, copper())
+    forward = facet.Facet.forward
+
+    def without_virial(self, *arguments, **more):
+        out = forward(self, *arguments, **more)
+        del out["virial"]
+        return out
+    with mock.patch.object(facet.Facet, "forward", without_virial):
+        with pytest.raises(train_small.BadInput, match="stress is a label, but .* output virial"):
+            run(tmp_path)
+    assert not list((tmp_path / "runs").iterdir()), "something was written"
+    run(tmp_path, steps=1)
+
+
 def test_log_watches_fifty_frames_from_all_of_validation(tmp_path):
     """The same ones in every run of these data."""
     frames = frames_of(tmp_path, copper(120))
@@ -167,7 +219,7 @@ def test_length_of_a_training(tmp_path):
     for train, epochs, want in ((("data.extxyz",), 0.0, 0), ((), 0.0, 25), ((), 3.0, 3)):
         s = train_small.Settings(train=train, epochs=epochs, name="e")
         parts = (frames, frames[:0], frames[:0])
-        with mock.patch.object(train_small, "load", lambda *_, parts=parts: parts), \
+        with mock.patch.object(of_run, "load_sets", lambda *_, parts=parts: parts), \
                 mock.patch.object(train_small, "train", side_effect=KeyboardInterrupt) as called:
             with pytest.raises(KeyboardInterrupt):
                 train_small.main(s, tmp_path / "runs")
@@ -223,7 +275,7 @@ def test_same_seed_gives_the_same_numbers_on_a_busy_machine(tmp_path):
     assert outcome(tmp_path / "control" / "a")[0] != outcome(tmp_path / "runs" / "a")[0]
 
 
-def test_minutes_end_a_run_by_the_clock_and_a_resumed_run_goes_on_with_it(tmp_path):
+def test_minutes_end_of_run_by_the_clock_and_a_resumed_run_goes_on_with_it(tmp_path):
     file_of(tmp_path, copper())
     clock = iter(range(10 ** 6))  # a second passes whenever somebody looks
     with mock.patch.object(train_small.time, "perf_counter", lambda: float(next(clock))):
@@ -413,7 +465,8 @@ def test_average_of_the_weights_equals_that_by_hand(tmp_path):
 def test_every_setting_of_the_optimisation_changes_the_weights(tmp_path):
     frames = frames_of(tmp_path, copper())
     base = train_small.Settings(**{**SHORT, "steps": 6})
-    config, number = train_small.statistics(frames, base), iter(range(100))
+    config, _ = train_small.statistics(frames, base)
+    number = iter(range(100))
 
     def weights(**changes):
         s, folder = replace(base, **changes), tmp_path / str(next(number))
@@ -438,21 +491,21 @@ def test_batches_neither_lose_nor_double_a_frame_and_are_bounded():
     rng = np.random.default_rng(0)
     atoms, crowd = rng.integers(1, 101, 500), rng.choice([10, 20, 45, 90], 500)
     seen = []
-    for batches in islice(train_small.epochs(atoms, crowd, 5000.0, seed=0), 2):
-        assert sorted(np.concatenate(batches)) == list(range(500))
-        cost = [atoms[b].sum() * crowd[b].max() for b in batches]
-        assert all(c <= 6250 or len(b) == 1 for c, b in zip(cost, batches, strict=True))
-        used = sum((atoms[b] * crowd[b]).sum() for b in batches)
+    for plan in islice(batches.epochs(atoms, crowd, 5000.0, seed=0), 2):
+        assert sorted(np.concatenate(plan)) == list(range(500))
+        cost = [atoms[b].sum() * crowd[b].max() for b in plan]
+        assert all(c <= 6250 or len(b) == 1 for c, b in zip(cost, plan, strict=True))
+        used = sum((atoms[b] * crowd[b]).sum() for b in plan)
         assert used > 0.85 * sum(cost), "padding"
-        assert used > 0.7 * 5000 * len(batches), "batches that are not full"
-        seen.append({tuple(b) for b in batches if len(b) > 2})
+        assert used > 0.7 * 5000 * len(plan), "batches that are not full"
+        seen.append({tuple(b) for b in plan if len(b) > 2})
     shuffled = np.array_split(rng.permutation(500), 50)  # control: without sorting there is padding
     assert used < 0.75 * sum(atoms[b].sum() * crowd[b].max() for b in shuffled)
     assert len(seen[0]) > 20 and not seen[0] & seen[1], "two epochs with the same batches"
     for seed in (0, 1):
-        first = next(train_small.epochs(atoms, crowd, 5000.0, seed))
+        first = next(batches.epochs(atoms, crowd, 5000.0, seed))
         assert ({tuple(b) for b in first if len(b) > 2} == seen[0]) == (seed == 0)
-    large = train_small.plan(np.array([1000, 1]), np.array([50, 50]), 10.0, rng)
+    large = batches.plan(np.array([1000, 1]), np.array([50, 50]), 10.0, rng)
     assert len(large) == 2, "a frame larger than a batch is a batch"
 
 
@@ -475,10 +528,10 @@ def test_neighbours_of_a_large_set_are_made_anew_and_its_crowd_is_guessed(tmp_pa
     molecule.symbols = "CuAu"
     molecule.calc = SinglePointCalculator(molecule, energy=0.0, forces=np.zeros((2, 3)))
     frames = frames_of(tmp_path, [*crystals, molecule])
-    config = train_small.statistics(frames, train_small.Settings(**SHORT))
+    config, _ = train_small.statistics(frames, train_small.Settings(**SHORT))
     kept = train_small.Samples(frames, config)
     truth = kept.crowd()
-    with mock.patch.object(train_small, "KEPT", 10):
+    with mock.patch.object(batches, "KEPT", 10):
         large = train_small.Samples(frames, config)
         guess = large.crowd()
     assert kept.graphs and large.graphs is None
@@ -494,7 +547,7 @@ def test_labels_that_a_frame_lacks_are_not_counted(tmp_path):
     crystals = copper(5)
     del crystals[1].calc.results["stress"]
     frames = frames_of(tmp_path, crystals)
-    config = train_small.statistics(frames, train_small.Settings(**SHORT))
+    config, _ = train_small.statistics(frames, train_small.Settings(**SHORT))
     _, batch, target = train_small.Samples(frames, config)[np.array([0, 1, 2])]
     assert target["atoms"].tolist() == [4, 8, 4] and target["count"].tolist() == [3, 48, 18]
     assert target["virial"].isnan().all((1, 2)).tolist() == [False, True, False]
@@ -530,7 +583,7 @@ def test_losses_equal_those_by_hand():
 
 def test_processes_neither_lose_nor_double_a_frame(tmp_path):
     frames = frames_of(tmp_path, copper(7))
-    config = train_small.statistics(frames, train_small.Settings(**SHORT))
+    config, _ = train_small.statistics(frames, train_small.Settings(**SHORT))
     model, rows = facet.Facet(config), np.arange(7)
 
     def part(rows, team, count=None):
@@ -545,6 +598,27 @@ def test_processes_neither_lose_nor_double_a_frame(tmp_path):
     same("losses", sum(loss for _, loss in found), want, "float32")
     idle, nothing = part(rows[:2], train_small.Team(2, 3))
     assert not nothing.any() and not idle["count"].any(), "a process without a share counts"
+
+
+WHOLE = """
+import pathlib, sys
+import train_small
+from tools import physics
+physics.STEPS = 10
+s = train_small.Settings(
+    train=("data.extxyz",), steps=2, channels=8, threads=1, workers=0, name="a")
+train_small.main(s, pathlib.Path("runs"))
+assert pathlib.Path("runs/a/report.png").exists()
+print("imported:", [name for name in ("pytest", "hypothesis", "test_facet") if name in sys.modules])
+"""
+
+
+def test_training_and_its_report_import_no_test(tmp_path):
+    file_of(tmp_path, copper(24))
+    done = subprocess.run([sys.executable, "-c", WHOLE], cwd=tmp_path, capture_output=True,
+                          env={**os.environ, "PYTHONPATH": str(HERE)}, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "imported: []"
 
 
 PAIR = """
@@ -599,19 +673,19 @@ def alloys(count: int = 9) -> list[Atoms]:
 def test_reference_energies_are_fitted_given_or_those_of_free_atoms(tmp_path):
     numbers, crystals = np.array([8, 29]), alloys()
     frames = frames_of(tmp_path, crystals)
-    same("fit", train_small.reference_energies(frames, numbers, {}, 5.0), [-5, -3], "slope")
-    given = train_small.reference_energies(frames, numbers, {29: -1.0}, 5.0)
+    same("fit", statistics.reference_energies(frames, numbers, {}, 5.0), [-5, -3], "slope")
+    given = statistics.reference_energies(frames, numbers, {29: -1.0}, 5.0)
     same("given", given[1], -1.0, "exact")
     differ("fit of the other then", given[0], -5.0)
-    other = train_small.reference_energies(frames, np.array([8, 29, 79]), {}, 5.0)
+    other = statistics.reference_energies(frames, np.array([8, 29, 79]), {}, 5.0)
     same("an element that does not occur", other, [-5, -3, 0], "slope")
     free = Atoms("O", cell=[20, 20, 20], pbc=True)
     free.calc = SinglePointCalculator(free, energy=-1.5, forces=np.zeros((1, 3)))
     frames = frames_of(tmp_path, [*crystals, free])
-    found = train_small.reference_energies(frames, numbers, {}, 5.0)
+    found = statistics.reference_energies(frames, numbers, {}, 5.0)
     same("free atom", found[0], -1.5, "float32")
     alike = frames_of(tmp_path, [crystals[0]] * 3)
-    assert np.isfinite(train_small.reference_energies(alike, numbers, {}, 5.0)).all()
+    assert np.isfinite(statistics.reference_energies(alike, numbers, {}, 5.0)).all()
 
 
 def test_given_energies_are_subtracted_before_the_others_are_fitted(tmp_path):
@@ -624,9 +698,9 @@ def test_given_energies_are_subtracted_before_the_others_are_fitted(tmp_path):
     frames = frames_of(tmp_path, crystals)
     want = [-7, -5, -3]
     for given in ({}, {8: -5.0}, {8: -5.0, 29: -3.0}, {6: -7.0, 8: -5.0, 29: -3.0}):
-        found = train_small.reference_energies(frames, numbers, given, 5.0)
+        found = statistics.reference_energies(frames, numbers, given, 5.0)
         same("right ones given", found, want, "slope")
-    found = train_small.reference_energies(frames, numbers, {8: -3.0}, 5.0)
+    found = statistics.reference_energies(frames, numbers, {8: -3.0}, 5.0)
     share = frames.compositions(numbers) / 6
     left = share @ want - share[:, 1] * -3.0
     fit, *_ = np.linalg.lstsq(share[:, [0, 2]], left, rcond=None)
@@ -634,7 +708,7 @@ def test_given_energies_are_subtracted_before_the_others_are_fitted(tmp_path):
     differ("a wrong one given", found, want)
     for species in ("Cu,O,C", "C,Cu,O", "O,C,Cu"):
         s = train_small.Settings(**SHORT, species=species, E0="O=-5")
-        config = train_small.statistics(frames, s)
+        config, _ = train_small.statistics(frames, s)
         assert config.species == ("C", "O", "Cu")
         same(species, config.reference_energies, want, "slope")
 
@@ -645,20 +719,20 @@ def test_given_energy_goes_before_that_of_a_free_atom(tmp_path):
     crowded = Atoms("Cu", cell=[2.5, 2.5, 2.5], pbc=True)  # one atom, but not alone
     crowded.calc = SinglePointCalculator(crowded, energy=7.0, forces=np.zeros((1, 3)))
     frames = frames_of(tmp_path, [*alloys(), free])
-    found = train_small.reference_energies(frames, np.array([8, 29]), {8: 4.0}, 5.0)
+    found = statistics.reference_energies(frames, np.array([8, 29]), {8: 4.0}, 5.0)
     same("given", found[0], 4.0, "exact")
     frames = frames_of(tmp_path, [*alloys(60), crowded])
-    found = train_small.reference_energies(frames, np.array([8, 29]), {}, 5.0)
+    found = statistics.reference_energies(frames, np.array([8, 29]), {}, 5.0)
     assert found[1] != 7.0 and found[1] < -2.5, "a crystal of one atom is no free atom"
 
 
 def test_absurd_frame_does_not_move_the_statistics(tmp_path):
     """One of 40 has an energy of +10⁵ eV and forces of 10⁴ eV/Å."""
     crystals, s = copper(40), train_small.Settings(**SHORT)
-    rest = train_small.statistics(frames_of(tmp_path, crystals[:17] + crystals[18:]), s)
+    rest, _ = train_small.statistics(frames_of(tmp_path, crystals[:17] + crystals[18:]), s)
     crystals[17].calc.results["energy"] = 1e5
     crystals[17].calc.results["forces"] = np.full((len(crystals[17]), 3), 1e4)
-    config = train_small.statistics(frames_of(tmp_path, crystals), s)
+    config, _ = train_small.statistics(frames_of(tmp_path, crystals), s)
     same("E0", config.reference_energies, rest.reference_energies, "float32")
     same("force RMS", config.energy_scale, rest.energy_scale, "float32")
     kept = np.concatenate([a.get_forces() for a in crystals[:17] + crystals[18:]])
@@ -699,7 +773,7 @@ def test_cores_of_a_training_set_end_below_every_pair_in_it(tmp_path):
     for cutoff in (4.0, 2.0):
         s = train_small.Settings(**SHORT, cutoff=cutoff)
         frames = frames_of(tmp_path, crystals)
-        config = train_small.statistics(frames, s)
+        config, _ = train_small.statistics(frames, s)
         lists = [neighbor_list("ijd", atoms, cutoff) for atoms in crystals]
         z = [np.searchsorted(numbers, atoms.numbers) for atoms in crystals]
         a, b, d = (np.concatenate(x) for x in zip(
@@ -710,7 +784,7 @@ def test_cores_of_a_training_set_end_below_every_pair_in_it(tmp_path):
             if len(of_pair):
                 want[i, j] = of_pair.min()
         graphs = [facet.find_neighbours(atoms, config) for atoms in crystals]
-        found = train_small.shortest_distances(graphs)
+        found = statistics.shortest_distances(graphs)
         assert set(found) == set(want)
         for pair, distance in want.items():
             same(f"shortest distance of {pair}", found[pair], distance, "float32")
@@ -725,7 +799,7 @@ def test_sparse_or_calm_data_have_sound_statistics(tmp_path):
     for atoms in crystals:
         atoms.set_cell(atoms.cell.array * 1.8, scale_atoms=True)
         atoms.calc.results["forces"] = np.zeros((len(atoms), 3))
-    config = train_small.statistics(frames_of(tmp_path, crystals), train_small.Settings(
+    config, _ = train_small.statistics(frames_of(tmp_path, crystals), train_small.Settings(
         **SHORT, cutoff=5.0))
     assert config.energy_scale == 1.0
     same("first knot", config.first_knot, 0.7 * 2.5, "formula")
@@ -743,7 +817,8 @@ def test_no_material_is_on_two_sides(kind, tmp_path):
         path = str(tmp_path / "data.db")
     sides, sizes = [], []
     for seed in range(4):
-        parts = train_small.load(train_small.Settings(train=(path,), seed=seed), tmp_path, None)
+        s = train_small.Settings(train=(path,), seed=seed)
+        parts = load_sets(s, tmp_path, None)
         names = [{atoms.info["material"] for atoms in part} for part in parts]
         assert [len(part) for part in parts] == [3 * len(of) for of in names]
         assert sum(map(len, parts)) == 60 and len(set.union(*names)) == 20
@@ -752,7 +827,7 @@ def test_no_material_is_on_two_sides(kind, tmp_path):
         sizes.append(sum(map(len, names)))
     assert sizes == [20] * 4, "a material is on two sides"
     assert len({valid for valid, _ in sides}) > 1 and len({test for _, test in sides}) > 1
-    alone = [train_small.load(train_small.Settings(train=(path,), test=("0",), seed=seed),
+    alone = [load_sets(train_small.Settings(train=(path,), test=("0",), seed=seed),
                               tmp_path, None)[1].fingerprint() for seed in range(3)]
     assert len(set(alone)) == 3, "every seed sets aside the same for validation"
 
@@ -761,12 +836,12 @@ def test_core_ends_below_the_shortest_distance_of_every_pair():
     """Three species; within half the cutoff; 0.85 covalent radii where the data say nothing."""
     numbers, rng = np.array([8, 14, 29]), np.random.default_rng(0)
     free = 0.85 * covalent_radii[numbers]
-    same("without data", train_small.core_radii({}, numbers, 5.0), free, "exact")
-    same("short cutoff", train_small.core_radii({}, numbers, 1.0), np.full(3, 0.5), "exact")
+    same("without data", statistics.core_radii({}, numbers, 5.0), free, "exact")
+    same("short cutoff", statistics.core_radii({}, numbers, 1.0), np.full(3, 0.5), "exact")
     for _ in range(20):
         shortest = {pair: rng.uniform(0.8, 3.0) for pair in combinations_with_replacement(
             range(3), 2)}
-        radii = train_small.core_radii(shortest, numbers, 5.0)
+        radii = statistics.core_radii(shortest, numbers, 5.0)
         for (i, j), distance in shortest.items():
             assert radii[i] + radii[j] <= 0.97 * distance + 1e-12, "a core reaches into the data"
         assert (radii <= free).all() and (radii > 0.2).all()
@@ -775,7 +850,7 @@ def test_core_ends_below_the_shortest_distance_of_every_pair():
 def test_statistics_are_those_of_the_training_set(tmp_path):
     crystals = copper()
     s = train_small.Settings(**SHORT, cutoff=4.5)
-    config = train_small.statistics(frames_of(tmp_path, crystals), s)
+    config, _ = train_small.statistics(frames_of(tmp_path, crystals), s)
     lists = [neighbor_list("ijd", atoms, 4.5) for atoms in crystals]
     edges, atoms = sum(len(i) for i, _, _ in lists), sum(len(a) for a in crystals)
     forces = np.concatenate([a.get_forces() for a in crystals])
@@ -786,7 +861,7 @@ def test_statistics_are_those_of_the_training_set(tmp_path):
     assert config.species == ("Cu", "Au") and len(config.core) == 2
     assert config.cutoff == 4.5 and config.channels == 8
     for order in ("Au,Cu,O", "O,Cu,Au"):
-        more = train_small.statistics(frames_of(tmp_path, crystals), replace(
+        more, _ = train_small.statistics(frames_of(tmp_path, crystals), replace(
             s, species=order, E0="O=-1.5,Cu=2"))
         assert more.species == ("O", "Cu", "Au") and more.reference_energies[:2] == (-1.5, 2.0)
     with pytest.raises(train_small.BadInput, match="are positions in Å"):
@@ -797,6 +872,7 @@ def test_statistics_are_those_of_the_training_set(tmp_path):
     ({"E0": "Cu"}, "must look like --E0"), ({"E0": "Qq=1"}, "must look like --E0"),
     ({"E0": "Cu=x"}, "must look like --E0"), ({"E0": "Cu=1=2"}, "must look like --E0"),
     ({"species": "Cu,Qq"}, "must look like --E0"), ({"species": "cu,Au"}, "must look like --E0"),
+    ({"species": "Cu,X"}, "species must be different chemical symbols"),
     ({"E0": "Cu=-1,Cu=-2"}, "^--E0 Cu=-1,Cu=-2: names an element twice"),
     ({"E0": "Cu=1,Au=2,Cu=1"}, "^--E0 .*: names an element twice"),
     ({"species": "Cu,Au,Cu"}, "^--species Cu,Au,Cu: names an element twice"),
@@ -832,6 +908,273 @@ def test_unknown_element_in_validation_or_test_is_refused(part, tmp_path):
     assert not list((tmp_path / "runs").iterdir()), "something was written"
 
 
+# ─── The trainer: from a trained model ────────────────────────────────────────────────────────────
+
+def trained(folder: Path, **changes) -> Path:
+    """model.pt of a short training on copper, or on the file that is there."""
+    if not (folder / "data.extxyz").exists():
+        file_of(folder, copper())
+    run(folder, "base", **{"valid": ("0",), "test": ("0",), "cutoff": 4.5, "layers": 2, **changes})
+    return folder / "base" / "a" / "model.pt"
+
+
+def begun(folder: Path, init: Path, out: str, **changes) -> facet.Facet:
+    """The model with which a run from `init` begins."""
+    found, save = [], facet.save
+
+    def keep(model, path, **more):
+        if more.get("step") == 0:
+            found.append(copy.deepcopy(model))
+        save(model, path, **more)
+    with mock.patch.object(facet, "save", keep):
+        run(folder, out, init=str(init), steps=1, valid=("0",), test=("0",), **changes)
+    return found[0]
+
+
+def labels_by(model, crystals: list[Atoms]) -> list[dict]:
+    graphs = [facet.find_neighbours(atoms, model.config) for atoms in crystals]
+    return facet.evaluate(model, graphs)
+
+
+def test_model_says_where_it_comes_from(tmp_path):
+    """Whatever is saved as model.pt carries it, and so does what is begun from that."""
+    crystals = copper(30)
+    file_of(tmp_path, crystals)
+    database.convert([file_of(tmp_path, copper(6, 100), "more.extxyz")], str(tmp_path / "more.db"))
+    paths = tuple(str(tmp_path / name) for name in ("data.extxyz", "more.db"))
+    sums = {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths}
+    save, found = facet.save, []
+
+    def keep(model, path, **more):
+        if Path(path).name == "model.pt":
+            found.append(model.origin)
+        save(model, path, **more)
+    s = train_small.Settings(**SHORT, train=paths, test=("0",), species="Au,Cu,O")
+    with mock.patch.object(facet, "save", keep):
+        train_small.main(s, tmp_path / "runs", command="python train_small.py --train …")
+    first = found[0]
+    assert len(found) > 2 and all(origin == first for origin in found)
+    assert json.loads(json.dumps(first)) == first, "it is plain"
+    assert first["command"] == "python train_small.py --train …" and "init" not in first
+    assert set(first["versions"]) == {"python", "torch", "numpy", "scipy", "ase"}
+    assert first["versions"]["ase"] == ase.__version__ and first["units"]["forces"] == "eV/Å"
+    date = datetime.fromisoformat(first["date"])
+    assert abs((datetime.now(timezone.utc) - date).total_seconds()) < 300
+
+    # Files with their checksums; the validation set was taken from them
+    assert set(first["data"]) == {"train", "valid", "test"} and first["data"]["test"] == []
+    frames = dict.fromkeys(paths, 0)
+    for part in ("train", "valid"):
+        for entry in first["data"][part]:
+            assert entry["sha256"] == sums[entry["file"]]
+            frames[entry["file"]] += entry["frames"]
+    assert frames == dict(zip(paths, (30, 6), strict=True))
+
+    # Shortest distances, in the order of the config's species
+    train, _, _ = load_sets(s, tmp_path, None)
+    shortest = {}
+    for atoms in train:
+        i, j, distance = neighbor_list("ijd", atoms, 5.0)
+        names = np.array(atoms.get_chemical_symbols())
+        for a, b, d in zip(names[i], names[j], distance, strict=True):
+            pair = "-".join(sorted((a, b), key=("O", "Cu", "Au").index))
+            shortest[pair] = min(d, shortest.get(pair, np.inf))
+    assert first["shortest"].keys() == shortest.keys() <= {"Cu-Cu", "Cu-Au", "Au-Au"}
+    for pair, distance in shortest.items():
+        same(pair, first["shortest"][pair], distance, "float32")
+
+    found.clear()
+    init = str(tmp_path / "runs" / "a" / "model.pt")
+    load, closer = facet.load, {"O-Au": 2.0, "Cu-Cu": 1.0, "Cu-Au": 9.0}
+
+    def with_origin(path, *arguments):
+        model = load(path, *arguments)
+        model.origin = {"shortest": closer}  # it has seen other data before
+        return model
+    with mock.patch.object(facet, "save", keep), mock.patch.object(facet, "load", with_origin):
+        run(tmp_path, "next", init=init, steps=1)
+    now = found[0]["shortest"]
+    assert now["O-Au"] == 2.0 and now["Cu-Cu"] == 1.0 and now["Cu-Au"] < 3.0
+    assert found[0]["init"] == {
+        "file": init, "sha256": hashlib.sha256(Path(init).read_bytes()).hexdigest()}
+
+
+def test_zero_steps_from_a_model_on_its_old_data_change_nothing(tmp_path):
+    """With its own E0: to the last bit. Fitted anew: only energies, by a sum over the atoms."""
+    init = trained(tmp_path)
+    old, crystals = facet.load(init), copper()
+    E0 = dict(zip(old.config.species, old.config.reference_energies, strict=True))
+    given = ",".join(f"{symbol}={energy!r}" for symbol, energy in E0.items())
+    again = begun(tmp_path, init, "given", E0=given)
+    fitted = begun(tmp_path, init, "fitted")
+    fresh = facet.Facet(old.config)
+    assert again.config == old.config
+    assert replace(fitted.config, reference_energies=old.config.reference_energies) == old.config
+
+    left = {"old": [], "fitted": []}  # eV/atom
+    for atoms, was, same_E0, new_E0, other in zip(
+            crystals, *(labels_by(m, crystals) for m in (old, again, fitted, fresh)), strict=True):
+        for name in ("energy", "forces", "stress"):
+            same(name, same_E0[name], was[name], "exact")
+            differ(f"{name} of a fresh model", other[name], was[name])
+        same("forces", new_E0["forces"], was["forces"], "exact")
+        same("stress", new_E0["stress"], was["stress"], "exact")
+        change = sum(
+            energy - E0[symbol] for symbol, energy in
+            ((s, dict(zip(old.config.species, fitted.config.reference_energies))[s])
+             for s in atoms.symbols))
+        same("energy", new_E0["energy"] - was["energy"], change, "rounding")
+        wanted = atoms.get_potential_energy()
+        left["old"].append((was["energy"] - wanted) / len(atoms))
+        left["fitted"].append((new_E0["energy"] - wanted) / len(atoms))
+    rms = {name: np.sqrt(np.mean(np.square(errors))) for name, errors in left.items()}
+    assert rms["fitted"] < 0.9 * rms["old"], "no better than before"
+
+
+def test_reference_energies_stay_where_the_model_explains_all(tmp_path):
+    """Labels of its own, or E0 fitted before: fitted again, they are the same."""
+    old = facet.load(trained(tmp_path))
+    crystals = copper()
+    own = [labelled(atoms, result["energy"], result["forces"])
+           for atoms, result in zip(crystals, labels_by(old, crystals), strict=True)]
+    s = train_small.Settings()
+    config, _ = statistics.statistics_of(old, in_memory(own), s)
+    same("E0 of its own labels", config.reference_energies, old.config.reference_energies, "slope")
+
+    frames = frames_of(tmp_path, crystals)
+    once, _ = statistics.statistics_of(old, frames, s)
+    model = facet.Facet(once)
+    model.load_state_dict(old.state_dict())
+    twice, _ = statistics.statistics_of(model, frames, s)
+    same("E0 fitted twice", twice.reference_energies, once.reference_energies, "slope")
+    differ("E0 fitted once", once.reference_energies, old.config.reference_energies)
+
+
+def test_begun_from_a_model_on_other_data(tmp_path):
+    """An element that they lack keeps its E0; another level of theory shifts E0, not the forces."""
+    old = facet.load(trained(tmp_path))
+    pure = [atoms for atoms in copper() if "Au" not in atoms.symbols]
+    shifted = [labelled(atoms, atoms.get_potential_energy() + 7.0 * len(atoms), atoms.get_forces())
+               for atoms in pure]
+    s = train_small.Settings()
+    config, shortest = statistics.statistics_of(old, in_memory(shifted), s)
+    plain, _ = statistics.statistics_of(old, frames_of(tmp_path, pure), s)
+    cu, au = (config.species.index(symbol) for symbol in ("Cu", "Au"))
+    assert config.reference_energies[au] == old.config.reference_energies[au]
+    same("E0", config.reference_energies[cu] - plain.reference_energies[cu], 7.0, "slope")
+    assert set(shortest) == {(cu, cu)}
+    free = labelled(Atoms("Au", cell=[30] * 3, pbc=True), -1.5, np.zeros((1, 3)))
+    config, _ = statistics.statistics_of(old, in_memory([*shifted, free]), s)
+    assert config.reference_energies[au] == -1.5, "a free atom"
+    config, _ = statistics.statistics_of(old, in_memory(shifted), replace(s, E0="Cu=-2.5"))
+    assert config.reference_energies[cu] == -2.5, "given"
+
+
+@pytest.mark.parametrize("change, message", (
+    ({"cutoff": 4.0}, "^--cutoff 4.0: the model .* has 4.5; leave it out"),
+    ({"channels": 16}, "^--channels 16: the model .* has 8; leave it out"),
+    ({"species": "Cu"}, "^--species Cu: the model .* knows Cu,Au; leave --species out"),
+    ({"init": "nowhere.pt"}, "nowhere.pt: no such checkpoint"),
+), ids=str)
+def test_settings_that_contradict_the_model_are_refused(change, message, tmp_path, capsys):
+    init = str(trained(tmp_path, steps=1))
+    words = ["--init", init, "--train", "x"]
+    s, _ = train_small.parse([*words, "--cutoff", "4.5"])
+    assert (s.cutoff, s.channels, s.layers) == (4.5, 8, 2), "those of the model"
+    with pytest.raises(train_small.BadInput, match=message) as error:
+        run(tmp_path, **{"init": init, **change})
+    assert "\n" not in str(error.value) and not list((tmp_path / "runs").iterdir())
+    if "species" not in change:
+        with pytest.raises(SystemExit):
+            train_small.parse([*words, *(f"--{name}={value}" for name, value in change.items())])
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert message.split()[0].strip("^:") in last
+    with pytest.raises(SystemExit):  # said, though it is the default
+        train_small.parse([*words, "--cutoff", "5.0"])
+
+
+def test_element_that_the_model_does_not_know_is_refused(tmp_path):
+    init = trained(tmp_path, steps=1)
+    crystals = copper()
+    crystals[5].symbols[2] = "Zn"
+    file_of(tmp_path, crystals)
+    with pytest.raises(train_small.BadInput, match="frame 5: holds Zn, which .*model.pt does not"):
+        run(tmp_path, init=str(init))
+
+
+def test_run_from_a_model_learns_faster_and_resumes_to_the_last_bit(tmp_path):
+    init = trained(tmp_path, steps=60)
+    file_of(tmp_path, copper(12, 50))
+    begin = {"init": str(init), "cutoff": 4.5, "layers": 2}
+    run(tmp_path, "whole", **begin)
+    run(tmp_path, "fresh", cutoff=4.5, layers=2)
+    first = {name: float(metrics(tmp_path / name / "a")[0]["loss_forces"])
+             for name in ("whole", "fresh")}
+    assert first["whole"] < 0.5 * first["fresh"]
+
+    losses, calls = train_small.losses, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 5:
+            signal.raise_signal(signal.SIGINT)
+        return losses(*arguments)
+    with mock.patch.object(train_small, "losses", interrupted), pytest.raises(KeyboardInterrupt):
+        run(tmp_path, **begin)
+    init.rename(tmp_path / "elsewhere.pt")  # the checkpoint has all of it
+    s, resume = train_small.parse(["--resume", str(tmp_path / "runs" / "a")])
+    train_small.main(s, resume=resume)
+    assert outcome(tmp_path / "runs" / "a") == outcome(tmp_path / "whole" / "a")
+
+
+@pytest.mark.parametrize("free", (("readout",), ("layers.0.mix.W",), ("readout", "layers.0.mix.W")),
+                         ids=str)
+def test_weights_without_a_gradient_are_left_alone(free, tmp_path):
+    """By AdamW and by Muon, also where either has none left."""
+    frames = frames_of(tmp_path, copper())
+    s = train_small.Settings(**{**SHORT, "steps": 6, "layers": 2})
+    config, _ = train_small.statistics(frames, s)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = facet.Facet(config)
+    before = copy.deepcopy(model.state_dict())
+    for name, weights in model.named_parameters():
+        weights.requires_grad_(name.startswith(free))
+    averaged, _ = train_small.train(model, frames, frames[:0], s, tmp_path)
+    for name, weights in averaged.state_dict().items():
+        if name.startswith(free):
+            assert largest(weights, before[name])[0] > 1e-6, f"{name} was not trained"
+        else:
+            same(name, weights, before[name], "exact")
+
+
+def test_page_shows_how_all_but_the_readout_is_frozen(tmp_path, monkeypatch):
+    """The code of tools/README.md, as it stands there."""
+    page = (HERE / "tools" / "README.md").read_text(encoding="utf-8")
+    code, = (block for block in re.findall(r"```python\n(.*?)```", page, re.S)
+             if "requires_grad_" in block)
+    init = trained(tmp_path, steps=3)
+    init.parent.rename(init.parent.parent / "emt")
+    (tmp_path / "base").rename(tmp_path / "runs")
+    (tmp_path / "data.extxyz").rename(tmp_path / "new.extxyz")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    before = facet.load("runs/emt/model.pt").state_dict()
+    for name, weights in facet.load("runs/readout/model.pt").state_dict().items():
+        if name == "readout":
+            assert largest(weights, before[name])[0] > 1e-6, "nothing was trained"
+        else:
+            same(name, weights, before[name], "exact")
+
+
+def test_model_without_free_weights_is_refused(tmp_path):
+    frames = frames_of(tmp_path, copper())
+    s = train_small.Settings(**SHORT)
+    model = facet.Facet(train_small.statistics(frames, s)[0]).requires_grad_(False)
+    with pytest.raises(train_small.BadInput, match="nothing to train"):
+        train_small.train(model, frames, frames[:0], s, tmp_path)
+
+
 # ─── The trainer: runs that are stopped ──────────────────────────────────────────────────────────
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
@@ -849,7 +1192,7 @@ def test_killed_run_resumes_to_the_last_bit(tmp_path):
         time.sleep(0.005)
     process.kill()
     process.wait()
-    step = train_small.checkpoint(folder)["step"]
+    step = checkpoint(folder)["step"]
     assert 0 < step < 80, "the run ended before it was killed"
     with mock.patch.object(train_small, "losses", wraps=train_small.losses) as counted:
         run(tmp_path, resume=True, steps=80)
@@ -874,7 +1217,7 @@ def test_interrupted_run_resumes_to_the_last_bit_and_changed_data_are_refused(tm
     with mock.patch.object(train_small, "losses", interrupted), pytest.raises(KeyboardInterrupt):
         run(tmp_path)
     assert signal.getsignal(signal.SIGINT) is handler
-    assert train_small.checkpoint(tmp_path / "runs" / "a")["step"] == 5, "the step is ended"
+    assert checkpoint(tmp_path / "runs" / "a")["step"] == 5, "the step is ended"
     run(tmp_path, resume=True)
     assert outcome(tmp_path / "runs" / "a") == outcome(tmp_path / "whole" / "a")
     for changed in (crystals[1:], [*crystals[:11], crystals[0]]):
@@ -917,7 +1260,7 @@ def test_checkpoint_is_written_by_the_clock(tmp_path):
         if len(calls) == 8:
             raise KeyboardInterrupt  # as a kill would: nothing is saved any more
         if len(calls) == 7:
-            steps.append(train_small.checkpoint(tmp_path / "runs" / "a")["step"])
+            steps.append(checkpoint(tmp_path / "runs" / "a")["step"])
         return losses(*arguments)
     clock = iter(range(0, 10 ** 9, 120))
     with mock.patch.object(train_small, "losses", stopped), pytest.raises(KeyboardInterrupt):
@@ -943,7 +1286,7 @@ def test_sigterm_ends_the_step_and_saves(tmp_path):
             run(tmp_path)
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert train_small.checkpoint(tmp_path / "runs" / "a")["step"] == 5 and not caught
+    assert checkpoint(tmp_path / "runs" / "a")["step"] == 5 and not caught
 
 
 def test_rate_is_that_of_this_life_without_the_log(tmp_path):
@@ -971,11 +1314,11 @@ def test_every_process_finds_its_own_device(given, cuda, rank, want, monkeypatch
         monkeypatch.setenv("RANK", "5")  # of another machine: not the number of a device
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     s = train_small.Settings(device=given)
-    assert train_small.device_of(s) == want
+    assert train_small.device_of(s.device) == want
     assert s.device == given
 
 
-def test_device_is_not_stored_and_a_run_of_a_gpu_goes_on_without_one(tmp_path, capsys):
+def test_device_is_not_stored_and_of_run_of_a_gpu_goes_on_without_one(tmp_path, capsys):
     """What stands for the GPU is the CPU: so the run ends as one that was never interrupted."""
     file_of(tmp_path, copper())
     run(tmp_path, "whole")
@@ -990,9 +1333,9 @@ def test_device_is_not_stored_and_a_run_of_a_gpu_goes_on_without_one(tmp_path, c
             mock.patch.object(train_small, "losses", killed), pytest.raises(KeyboardInterrupt):
         run(tmp_path, device="cuda")
     folder = tmp_path / "runs" / "a"
-    content = train_small.checkpoint(folder)
+    content = checkpoint(folder)
     assert content["settings"]["device"] == "cuda" and content["step"] == 4
-    assert train_small.checkpoint(tmp_path / "whole" / "a")["settings"]["device"] == ""
+    assert checkpoint(tmp_path / "whole" / "a")["settings"]["device"] == ""
 
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit):
@@ -1017,7 +1360,7 @@ def test_full_disk_ends_in_one_sentence_and_the_run_can_go_on(tmp_path):
     with mock.patch.object(os, "fsync", full):
         with pytest.raises(train_small.BadInput, match=message):
             run(tmp_path, steps=20)
-    assert 0 < train_small.checkpoint(tmp_path / "runs" / "a")["step"] < 20
+    assert 0 < checkpoint(tmp_path / "runs" / "a")["step"] < 20
     run(tmp_path, resume=True, steps=20)
     run(tmp_path, "whole", steps=20)
     assert outcome(tmp_path / "runs" / "a") == outcome(tmp_path / "whole" / "a")
@@ -1041,12 +1384,17 @@ def test_loss_that_is_nan_names_the_frame(tmp_path):
 
 
 def test_failed_report_leaves_the_training_whole(tmp_path, capsys):
+    """Bad input and a full disk are told in a sentence, a mistake in a program by its traceback."""
     file_of(tmp_path, copper())
+    for name, error in (("bad", train_small.BadInput("no")), ("full", OSError("no"))):
+        with mock.patch.object(train_small.report, "report", side_effect=error):
+            run(tmp_path, name, steps=3)
+        assert "the report failed (no); the training is whole" in capsys.readouterr().err
+        assert json.loads((tmp_path / name / "a" / "result.json").read_text())["steps"] == 3
     with mock.patch.object(train_small.report, "report", side_effect=ZeroDivisionError("no")):
-        run(tmp_path)
-    text = capsys.readouterr().err
-    assert "the report failed (ZeroDivisionError: no); the training is whole" in text
-    assert json.loads((tmp_path / "runs" / "a" / "result.json").read_text())["steps"] == 12
+        with pytest.raises(ZeroDivisionError):
+            run(tmp_path, "mistake", steps=3)
+    assert json.loads((tmp_path / "mistake" / "a" / "result.json").read_text())["steps"] == 3
 
 
 def test_old_results_are_never_overwritten(tmp_path):
@@ -1062,11 +1410,10 @@ def test_old_results_are_never_overwritten(tmp_path):
     (["--trian", "x"], "unrecognized arguments: --trian"),
     (["--lr", "fast"], "invalid float value: 'fast'"), (["--lr", "-1"], "must be a number above 0"),
     (["--lr", "nan"], "must be a number above 0"), (["--huber", "0"], "must be a number above 0"),
-    (["--channels", "0"], "must be a number from 1 on"), (["--ema", "1"], "must be below 1"),
+    (["--channels", "0"], "channels"), (["--ema", "1"], "must be below 1"),
     (["--epochs", "-1"], "must be a number from 0 on"),
     (["--epochs", "nan"], "must be a number from 0 on"), (["--minutes", "inf"], "from 0 on"),
-    (["--activation", "relu"], "must be product or silu"),
-    (["--channels", "12"], "--groups 8: must divide --channels 12"),
+    (["--activation", "relu"], "activation"), (["--channels", "12"], "groups"),
     (["--test", "x"], "--test without --train"), (["--device", "cdua"], "no such device"),
     (["--resume", "a", "--lr", "1e-3"], "--lr cannot be changed"),
 ), ids=" ".join)
@@ -1078,13 +1425,15 @@ def test_wrong_command_gets_one_sentence(words, message, capsys):
 
 
 NUMBERS = [f for f in fields(train_small.Settings) if type(f.default) in (int, float)]
+LEAST = {"cutoff": 1e-9, "degree": 0, "channels": 1, "groups": 1, "layers": 1}  # facet.Config's
 
 
 def ends(f) -> tuple[list, list]:
     """Values of a numeric flag just outside of its range, and just inside."""
     step = 1 if isinstance(f.default, int) else 1e-9
-    if f.metadata["least"] is not None:
-        outside, inside = [f.metadata["least"] - step], [f.metadata["least"]]
+    least = LEAST.get(f.name, f.metadata["least"])
+    if least is not None:
+        outside, inside = [least - step], [least]
     else:
         outside, inside = [f.metadata["above"]], [f.metadata["above"] + step]
     last = {"ema": (1.0, 1 - 1e-9), "seed": (2 ** 63, 2 ** 63 - 1)}
@@ -1094,27 +1443,39 @@ def ends(f) -> tuple[list, list]:
 
 @pytest.mark.parametrize("f", NUMBERS, ids=lambda f: f.name)
 def test_number_has_a_range_on_the_command_line_and_in_python(f, capsys):
-    assert (f.metadata["least"] is None) != (f.metadata["above"] is None), "a range is missing"
+    """Those of the model are checked by facet.Config, whose sentences name them without dashes."""
+    ranges = [f.metadata["least"], f.metadata["above"], LEAST.get(f.name)]
+    assert ranges.count(None) == 2, "a range is missing, or there are two"
+    name = f.name if f.name in LEAST else f"^--{f.name} .*must be [^\n]*$"
     outside, inside = ends(f)
     for value in outside:
-        with pytest.raises(ValueError, match=f"^--{f.name} .*must be [^\n]*$"):
+        with pytest.raises(train_small.BadInput, match=name):
             train_small.Settings(**{f.name: value})
         with pytest.raises(SystemExit) as error:
             train_small.parse([f"--{f.name}={value}"])
         last = capsys.readouterr().err.splitlines()[-1]
-        assert error.value.code == 2 and f"--{f.name}" in last and last.count("error:") == 1
+        assert error.value.code == 2 and f.name in last and last.count("error:") == 1
     for value in inside:
         fitting = {"channels": {"groups": 1}, "groups": {"channels": value}}.get(f.name, {})
         given = {f.name: value, **fitting}
         s, _ = train_small.parse([f"--{name}={x}" for name, x in given.items()])
         assert s == train_small.Settings(**given)
         assert getattr(s, f.name) == value
+    number = "" if f.name in LEAST else " .*must be a number$"
     for value in ("x", None, [1]):
-        with pytest.raises(ValueError, match=f"^--{f.name} .*must be a number$"):
+        with pytest.raises(train_small.BadInput, match=f"{f.name}{number}"):
             train_small.Settings(**{f.name: value})
     if isinstance(f.default, int):
-        with pytest.raises(ValueError, match=f"^--{f.name} 2.5: must be a whole number$"):
+        whole = "" if f.name in LEAST else " 2.5: must be a whole number$"
+        with pytest.raises(train_small.BadInput, match=f"{f.name}{whole}"):
             train_small.Settings(**{f.name: 2.5})
+
+
+def test_model_has_the_settings_and_the_defaults_of_facet_config():
+    s = train_small.Settings(channels=16, groups=4, cutoff=4)
+    assert s.config(("Si",)) == facet.Config(("Si",), channels=16, groups=4, cutoff=4.0)
+    for name in options.MODEL:
+        assert getattr(train_small.Settings(), name) == getattr(facet.Config(("Si",)), name)
 
 
 def test_command_line_gives_the_settings(tmp_path, capsys):
@@ -1150,3 +1511,25 @@ def test_program_ends_with_a_sentence_not_a_traceback(tmp_path):
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.startswith("error: nowhere.extxyz: no such file")
     assert not list(tmp_path.glob("runs/*"))
+
+
+MISTAKE = """
+import runpy, sys, tools.statistics
+
+def wrong(*arguments):
+    raise ValueError("a mistake")
+tools.statistics.reference_energies = wrong
+sys.argv = ["train_small.py", "--train", "data.extxyz", "--valid", "0", "--test", "0"]
+runpy.run_path(%r, run_name="__main__")
+"""
+
+
+def test_program_shows_the_traceback_of_a_mistake(tmp_path):
+    """A ValueError that nobody meant for the user."""
+    file_of(tmp_path, copper())
+    program = str(HERE / "train_small.py")
+    done = subprocess.run([sys.executable, "-c", MISTAKE % program], cwd=tmp_path,
+                          env={**os.environ, "PYTHONPATH": str(HERE)}, capture_output=True,
+                          text=True)
+    assert done.returncode == 1 and "Traceback" in done.stderr
+    assert done.stderr.splitlines()[-1] == "ValueError: a mistake"
