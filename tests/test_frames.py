@@ -1,6 +1,6 @@
 """Tests of tools/frames.py and tools/emt.py: what files mean, what is refused, how sets are split.
 
-    pytest tools/test_frames.py
+    pytest tests/test_frames.py
 """
 import gzip
 import json
