@@ -10,6 +10,7 @@ float64, with random weights, none of them zero. Every comparison goes through `
 control through `differ`; every tolerance stands in TOL with its reason.
 """
 import ast
+import copy
 import inspect
 import io
 import re
@@ -97,7 +98,7 @@ def differ(what: str, got, want) -> None:
     assert error > TOL["control"], f"{what}: differs by only {error:.1e}"
 
 
-def build(facet, **changes):
+def new_model(facet, **changes):
     """A tiny model in float64, one and the same for the same arguments."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
@@ -106,6 +107,15 @@ def build(facet, **changes):
             for weights in model.parameters():  # biases and splines too
                 weights += 0.1 * torch.randn(weights.shape, dtype=torch.float64)
     return model.eval()
+
+
+build = cache(new_model)  # copy what it gives before you change it
+
+
+@cache
+def usual_outputs(facet) -> dict[str, np.ndarray]:
+    """What a model says of two crystals of 5 and 4 atoms."""
+    return outputs(facet, build(facet), CRYSTAL, MOLECULE[:4])
 
 
 def random_features(atoms: int, L: int, channels: int) -> torch.Tensor:
@@ -185,7 +195,7 @@ def check_density(facet, kind, atoms: Atoms, degree: int) -> None:
 
     And the same energy and forces, so its gradients are right too.
     """
-    model = build(facet, degree=degree)
+    model = copy.deepcopy(build(facet, degree=degree))
     degrees = ((0, degree), (degree, degree), (degree, 0))
     seen = []
 
@@ -419,7 +429,7 @@ def check_04(facet, path):
         return [path for path in every(*degrees) if sum(path) % 2 == 0]
 
     with mock.patch.object(facet, "paths", natural):
-        check_rotation(facet, build(facet), REFLECTION)
+        check_rotation(facet, new_model(facet), REFLECTION)
 
 
 AS_IT_CAME = (r"splines\.coefficients|embedding\.W|readout|"
@@ -444,8 +454,8 @@ def receivers(model) -> list[torch.Tensor]:
 
 def check_scaling(facet, new, kind: str) -> None:
     """Equal numbers in the new parameters, which `new` finds, scale messages as splines would."""
-    by_spline = build(facet, **FIVE)
-    by_table = build(facet, **FIVE)
+    by_spline = copy.deepcopy(build(facet, **FIVE))
+    by_table = copy.deepcopy(by_spline)
     with torch.no_grad():
         for weights in new(by_spline):
             weights.fill_(1)
@@ -463,7 +473,7 @@ def find_05(facet):
 
 def check_05(facet, found):
     """A species' row concerns the atoms of that species, as receivers; equal numbers scale φ."""
-    model = build(facet, layers=1, **FIVE)
+    model = copy.deepcopy(build(facet, layers=1, **FIVE))
     before = outputs(facet, model, CRYSTAL)["energies"]
     for z, symbol in enumerate(FIVE["species"]):
         with torch.no_grad():
@@ -483,7 +493,7 @@ def new_outputs(facet, *shapes: tuple[int, ...]) -> list[str]:
     """Names of outputs that facet.py did not come with, for two crystals of 5 and 4 atoms."""
     known = ("energy", "energies", "forces", "virial", "stress")
     found = []
-    for name, values in outputs(facet, build(facet), CRYSTAL, MOLECULE[:4]).items():
+    for name, values in usual_outputs(facet).items():
         if name not in known and values.shape in shapes:
             found.append(name)
     return found
@@ -635,9 +645,8 @@ def turns(facet, name: str) -> bool:
 
 def find_10(facet):
     spread = next(iter(new_outputs(facet, (2,))), None)
-    model = build(facet)
     members = None
-    for name, values in outputs(facet, model, CRYSTAL, MOLECULE[:4]).items():
+    for name, values in usual_outputs(facet).items():
         if values.ndim == 2 and len(values) == 2 and not turns(facet, name):
             members = name
     return (members, spread) if members or spread else None
@@ -647,7 +656,7 @@ def check_10(facet, found):
     """The energy is the mean of the members, their spread the uncertainty; free atoms are sure."""
     assert None not in found, f"there is only {found}, not both: {LOOKED_FOR[10]}"
     members, spread = found
-    model = build(facet)
+    model = copy.deepcopy(build(facet))
     crystals = (CRYSTAL, MOLECULE[:4])
     out = outputs(facet, model, *crystals)
     H = out[members].shape[1]
@@ -761,7 +770,7 @@ def check_13(facet, found):
 
     Whether it matters who of the two receives, is left open: z, w and w, z change together.
     """
-    model = build(facet, layers=1, **FIVE)
+    model = copy.deepcopy(build(facet, layers=1, **FIVE))
     graph = facet.find_neighbours(CHAIN, model.config)
     sees = [set(CHAIN.symbols[graph.src[graph.dst == i]]) for i in range(len(CHAIN))]
     before = outputs(facet, model, CHAIN)["energies"]
@@ -947,7 +956,7 @@ def check_dipoles_are_learned(facet, name: str) -> None:
         energies.append(-np.exp(1 - distance / 2).sum())
         dipoles.append((charge - charge.mean()) @ atoms.positions)  # no net charge, so no origin
 
-    model = build(facet, reference_energies=(0, 0, 0))
+    model = copy.deepcopy(build(facet, reference_energies=(0, 0, 0)))
     graphs = [facet.find_neighbours(atoms, model.config) for atoms in molecules]
     batch = facet.make_batch(graphs, CUTOFF, torch.float64)
     wanted = {"energy": torch.tensor(energies), name: torch.from_numpy(np.array(dipoles))}
