@@ -55,9 +55,9 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 import facet
-import test_facet
 import train_small
 from tools import report
+from tools.properties import IMPROPER, random_alloy
 
 EQUAL = 0.05  # steps that differ by less take equal time
 
@@ -340,8 +340,8 @@ def check(name: str) -> dict[str, float]:
     """Relative errors of forces in a mirror image, and of second derivatives (differences)."""
     torch.manual_seed(0)
     model = build(name, facet.Config(("C", "Si"), mean_neighbours=28.0), torch.float64)
-    R = torch.from_numpy(test_facet.IMPROPER)
-    graph = facet.find_neighbours(test_facet.random_alloy(8), model.config)
+    R = torch.from_numpy(IMPROPER)
+    graph = facet.find_neighbours(random_alloy(8), model.config)
     batch = facet.make_batch([graph], model.config.cutoff, torch.float64)
     here = model(batch)["forces"] @ R.T
     there = model(batch._replace(vectors=batch.vectors @ R.T))["forces"]

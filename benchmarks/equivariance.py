@@ -54,9 +54,9 @@ from pictures import draw_results
 from scipy.spatial.transform import Rotation
 
 import facet
-import test_facet
 import train_small
 from tools import report
+from tools.properties import wigner
 
 # activation, grid_degree (0: its default)
 MODELS = {"product": ("product", 0), "silu": ("silu", 0), "silu-26": ("silu", 7)}
@@ -175,7 +175,7 @@ def layer_error(model: facet.Facet, x: torch.Tensor, turns: np.ndarray) -> float
     f = grid(x) - x  # [N, M, C]
     squares = []
     for R in turns:
-        D = test_facet.wigner(R, model.config.degree)  # [M, M]
+        D = wigner(R, model.config.degree)  # [M, M]
         turned = D @ x
         error = D @ f - (grid(turned) - turned)
         squares.append(float(error.norm() / f.norm()) ** 2)

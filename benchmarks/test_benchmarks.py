@@ -16,7 +16,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 PAGE = HERE / "README.md"
 RESULTS = sorted((HERE / "results").glob("*.json"))
-SCRIPTS = sorted(path for path in HERE.glob("*.py") if not path.stem.startswith("test_"))
+SCRIPTS = sorted({*HERE.glob("*.py")} - {*HERE.glob("*test*.py")})  # no test, no conftest.py
 PEERS = ("sevennet_trim.py",)  # cannot be imported without the peer's package
 
 sys.path.insert(0, str(HERE))

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # facet.py is not installed
 
 import facet  # noqa: E402
-import test_facet  # noqa: E402
+from tools import properties  # noqa: E402
 
 FIGURES = ROOT / "lesson" / "figures"
 WIDTH = 9.0  # inches; a page shows it at about 100 dots per inch, so 10 points stay readable
@@ -164,7 +164,7 @@ def layer_error(kind: type, L: int, exact_degree: int, degrees: float, axis) -> 
 
     axis = np.array(axis) / np.linalg.norm(axis)
     R = Rotation.from_rotvec(degrees * axis, degrees=True).as_matrix()
-    turn = test_facet.wigner(torch.from_numpy(R), L)  # [M, M]
+    turn = properties.wigner(torch.from_numpy(R), L)  # [M, M]
     error = (turn @ layer(x) - layer(turn @ x)).norm() / (layer(x) - x).norm()
     return len(layer.to_grid), float(error)
 
@@ -530,7 +530,7 @@ def drift(figure: Figure, model: facet.Facet) -> None:
     )
     for kind, colour, name in runs:
         # A crystal at rest turns half of its kinetic energy into potential energy: 600 K → 300 K
-        run = test_facet.conservation(kind(model, device="cpu"), crystal, kelvin=600, steps=2000,
+        run = properties.conservation(kind(model, device="cpu"), crystal, kelvin=600, steps=2000,
                                       femtoseconds=2.0)
         slope = run["drift_meV_per_atom_per_ps"]
         axis.plot(run["time_ps"], run["energy_meV_per_atom"], color=colour,

@@ -15,6 +15,7 @@ from ase.optimize import FIRE
 
 import facet
 from tools import emt
+from tools.properties import conservation, reflection
 
 STEPS = 400  # of 1 fs, in molecular dynamics
 
@@ -75,11 +76,9 @@ def equation_of_state(model: facet.Facet, atoms: ase.Atoms) -> dict:
 
 def energy_drift(model: facet.Facet, atoms: ase.Atoms, kelvin: float = 300.0) -> dict:
     """Total energy (meV/atom) over time (ps) in molecular dynamics without thermostat."""
-    import test_facet  # here, not above: tests are needed for nothing else
-
     calculator = facet.FacetCalculator(model, device=next(model.parameters()).device)
     # half of what the atoms move with at first becomes potential energy
-    found = test_facet.conservation(calculator, atoms, kelvin=2 * kelvin, steps=STEPS)
+    found = conservation(calculator, atoms, kelvin=2 * kelvin, steps=STEPS)
     table = {"kelvin": kelvin}
     for name, value in found.items():
         table[name] = np.asarray(value).tolist()
@@ -88,8 +87,6 @@ def energy_drift(model: facet.Facet, atoms: ase.Atoms, kelvin: float = 300.0) ->
 
 def equivariance_error(model: facet.Facet, some: list[ase.Atoms]) -> dict[str, list[float]]:
     """Forces of turned, mirrored structures against turned forces: largest error / force RMS."""
-    import test_facet
-
     found = {}
     device = next(model.parameters()).device
     for dtype in (torch.float32, torch.float64):
@@ -97,7 +94,7 @@ def equivariance_error(model: facet.Facet, some: list[ase.Atoms]) -> dict[str, l
         name = str(dtype).removeprefix("torch.")
         found[name] = []
         for atoms in some:
-            error = test_facet.reflection(calculator, atoms)  # eV/Å
+            error = reflection(calculator, atoms)  # eV/Å
             found[name].append(float(error / model.config.energy_scale))
     return found
 

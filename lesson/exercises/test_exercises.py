@@ -32,7 +32,7 @@ from scipy.spatial.transform import Rotation
 
 import facet as yours
 import tools.relax
-from test_facet import one_thread, wigner  # noqa: F401, one_thread holds for every test
+from tools.properties import wigner
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]

@@ -1,0 +1,358 @@
+"""Properties of an interatomic potential, as functions for any ASE calculator.
+
+    from tools.properties import rotation
+    rotation(calculator, atoms)             eV/Å by which the forces fail to turn along
+
+A property takes an ASE calculator and a crystal, which it copies, and returns an error: how far the
+calculator is from having the property. `of` says in what: "energy" (eV per atom), "forces" (eV/Å)
+or "stress" (eV/Å³); for several of them an array of errors comes back. Whether an error is small
+enough is for tools/check.py to say, which prints all of them as a table, and for test_facet.py,
+which tests them on random crystals. No rotation here is a multiple of 90° about anything.
+"""
+from __future__ import annotations
+
+import ase.build
+import numpy as np
+import torch
+from ase import Atoms, units
+from ase.data import atomic_numbers, covalent_radii
+from ase.md.verlet import VelocityVerlet
+from ase.neighborlist import neighbor_list
+from scipy.spatial.transform import Rotation
+
+import facet
+
+ALL = ("energy", "forces", "stress")
+GENERIC, IMPROPER = Rotation.from_rotvec([[0.4, -1.1, 0.7], [-1.3, 0.2, 0.9]]).as_matrix()
+IMPROPER = -IMPROPER  # a rotation after an inversion: a mirror image, turned
+
+
+class NotApplicable(Exception):
+    """The property says nothing about this calculator or this crystal."""
+
+
+def value(calculator, atoms: Atoms, of: str) -> np.ndarray:
+    """Energy per atom [1] eV, forces [N, 3] eV/Å or stress [3, 3] eV/Å³."""
+    atoms = atoms.copy()
+    atoms.calc = calculator
+    if of == "energy":
+        return np.array([atoms.get_potential_energy()]) / len(atoms)
+    if of == "forces":
+        return np.array(atoms.get_forces(), float)
+    return np.array(atoms.get_stress(voigt=False), float)
+
+
+def parts_of(of) -> tuple[str, ...]:
+    """The names in `of`, which is one of them or several."""
+    return (of,) if isinstance(of, str) else tuple(of)
+
+
+def as_asked(errors: dict, of):
+    """The error of a name, or an array of errors for several names."""
+    return float(errors[of]) if isinstance(of, str) else np.array([errors[name] for name in of])
+
+
+def difference(calculator, before: Atoms, after: Atoms, of, R=None, order=slice(None)):
+    """Largest error of what `after` should have, the crystal `before` after the rotation R.
+
+    order says which atom of `before` each atom of `after` is. Units as `of`: a number for a name,
+    an array for several.
+    """
+    R = np.eye(3) if R is None else R
+    parts = parts_of(of)
+
+    # What the first crystal has, turned and reordered
+    wanted = {name: value(calculator, before, name) for name in parts}
+    if "forces" in wanted:
+        wanted["forces"] = wanted["forces"][order] @ R.T
+    if "stress" in wanted:
+        wanted["stress"] = R @ wanted["stress"] @ R.T
+
+    errors = {}
+    for name in parts:
+        errors[name] = np.abs(value(calculator, after, name) - wanted[name]).max()
+    return as_asked(errors, of)
+
+
+def rotated(atoms: Atoms, R: np.ndarray) -> Atoms:
+    """Positions and cell after the rotation (or any deformation) R [3, 3]."""
+    other = atoms.copy()
+    other.set_cell(atoms.cell.array @ R.T)
+    other.set_positions(atoms.positions @ R.T)
+    return other
+
+
+# ─── Symmetries ──────────────────────────────────────────────────────────────────────────────────
+
+
+def rotation(calculator, atoms: Atoms, R: np.ndarray = GENERIC, of="forces"):
+    """A rotated crystal has the same energy, rotated forces, rotated stress. Units as `of`."""
+    return difference(calculator, atoms, rotated(atoms, np.asarray(R)), of, np.asarray(R))
+
+
+def reflection(calculator, atoms: Atoms, R: np.ndarray = IMPROPER, of="forces"):
+    """A mirror image has the same energy, mirrored forces and stress. Units as `of`."""
+    return rotation(calculator, atoms, R, of)
+
+
+def translation(calculator, atoms: Atoms, shift=(1.3, -17.1, 5.9), of="forces"):
+    """Nothing depends on where the crystal is; shift in Å. Units as `of`."""
+    other = atoms.copy()
+    other.translate(shift)
+    return difference(calculator, atoms, other, of)
+
+
+def permutation(calculator, atoms: Atoms, seed: int = 0, of="forces"):
+    """Nothing depends on the order of the atoms. Units as `of`."""
+    order = np.random.default_rng(seed).permutation(len(atoms))
+    return difference(calculator, atoms, atoms[order], of, order=order)
+
+
+def other_cell(calculator, atoms: Atoms, seed: int = 0, of="forces"):
+    """Nothing depends on which vectors describe a lattice: rows of the cell are added to each other
+    and turned round, and the cell becomes left-handed if it was not. Units as `of`."""
+    periodic = np.flatnonzero(atoms.pbc)
+    if len(periodic) == 0:
+        raise NotApplicable("the crystal repeats nowhere")
+
+    # Each vector that repeats gets, by chance, some of the others added or taken away
+    rng = np.random.default_rng(seed)
+    cell = atoms.cell.array.copy()
+    for i in periodic:
+        for j in periodic:
+            if i != j and rng.random() < 0.7:
+                cell[i] += rng.choice([-1, 1]) * cell[j]
+    cell[periodic[0]] *= -1
+
+    other = atoms.copy()
+    other.set_cell(cell)
+    return difference(calculator, atoms, other, of)
+
+
+def supercell(calculator, atoms: Atoms, times=(1, 2, 2), of="forces"):
+    """A supercell has the energy of its copies, their forces, the same stress. Units as `of`."""
+    times = np.where(atoms.pbc, times, 1)
+    if times.prod() == 1:
+        raise NotApplicable("the crystal repeats nowhere")
+    order = np.tile(np.arange(len(atoms)), times.prod())
+    return difference(calculator, atoms, atoms.repeat(times), of, order=order)
+
+
+def folding(calculator, atoms: Atoms, seed: int = 0, of="forces"):
+    """Nothing depends on whether atoms lie inside the cell or lattice vectors away. As `of`."""
+    if not atoms.pbc.any():
+        raise NotApplicable("the crystal repeats nowhere")
+    rng = np.random.default_rng(seed)
+    other = atoms.copy()
+    other.positions += (rng.integers(-2, 3, (len(atoms), 3)) * atoms.pbc) @ atoms.cell.array
+    return difference(calculator, atoms, other, of)
+
+
+def alone_or_in_a_batch(calculator, atoms: Atoms, of="forces"):
+    """For a FacetCalculator: a crystal has the same results alone and between others. As `of`."""
+    if not isinstance(calculator, facet.FacetCalculator):
+        raise NotApplicable("this calculator takes one crystal at a time")
+    model = calculator.model
+
+    # Others of more neighbours and of fewer, so that there is padding
+    dense = rotated(atoms, 0.85 * GENERIC)
+    single = atoms[:1]
+    crystals = [facet.find_neighbours(a, model.config) for a in (dense, atoms, single, atoms)]
+    together = facet.evaluate(model, crystals, batch_atoms=10 ** 6)
+
+    worst = dict.fromkeys(parts_of(of), 0.0)
+    for crystal, result in zip(crystals, together, strict=True):
+        alone, = facet.evaluate(model, [crystal])
+        for name in worst:
+            error = np.abs(np.asarray(result[name]) - alone[name]).max()
+            size = len(crystal.species) if name == "energy" else 1
+            worst[name] = np.maximum(worst[name], error / size)  # nan stays nan
+    return as_asked(worst, of)
+
+
+# ─── Slopes and smoothness ───────────────────────────────────────────────────────────────────────
+
+
+def force_slope(calculator, atoms: Atoms, seed: int = 0, step: float = 2e-5) -> float:
+    """Forces are minus the slope of the energy: along a random direction of all atoms, of unit
+    length, by central differences with `step` Å. eV/Å."""
+    push = np.random.default_rng(seed).normal(size=(len(atoms), 3))
+    push /= np.linalg.norm(push)
+    forces = value(calculator, atoms, "forces")  # [N, 3]
+
+    energy = []
+    for sign in (1, -1):
+        moved = atoms.copy()
+        moved.positions += sign * step * push
+        energy.append(len(atoms) * value(calculator, moved, "energy")[0])
+    slope = (energy[0] - energy[1]) / (2 * step)
+    return float(abs(slope + (forces * push).sum()))
+
+
+def stress_slope(calculator, atoms: Atoms, seed: int = 0, step: float = 2e-5) -> float:
+    """Stress is the slope of the energy over the volume: along a random symmetric strain of unit
+    size, by central differences. eV/Å³."""
+    strain = np.random.default_rng(seed).normal(size=(3, 3))
+    strain = strain + strain.T
+    strain /= np.linalg.norm(strain)
+    stress = value(calculator, atoms, "stress")  # [3, 3]
+
+    energy = []
+    for sign in (1, -1):
+        strained = rotated(atoms, np.eye(3) + sign * step * strain)
+        energy.append(len(atoms) * value(calculator, strained, "energy")[0])
+    slope = (energy[0] - energy[1]) / (2 * step) / abs(atoms.cell.volume)
+    return float(abs(slope - (stress * strain).sum()))
+
+
+def leaving(atoms: Atoms):
+    """A function distance (Å) → Atoms: the first atom of a crystal, its three nearest neighbours,
+    and one more atom at that distance from it, on the side where nobody stands."""
+    # Where the neighbours of the first atom are not
+    i, j, vectors = neighbor_list("ijD", atoms, 6.0)
+    near = np.flatnonzero(i == 0)
+    near = near[np.argsort(np.linalg.norm(vectors[near], axis=1))][:3]
+    away = np.array([0.2, -0.3, 0.6]) - vectors[near].sum(0)
+    away /= np.linalg.norm(away)
+    numbers = [atoms.numbers[0], *atoms.numbers[j[near]], atoms.numbers[-1]]
+
+    def cluster(distance: float) -> Atoms:
+        places = np.vstack([np.zeros(3), vectors[near], distance * away])
+        return Atoms(numbers, places + 20, cell=[70, 71, 72], pbc=True)
+
+    return cluster
+
+
+def cutoff_continuity(calculator, atoms: Atoms, of="energy", noise: float = 1e-9):
+    """Energy (eV) and forces (eV/Å) do not jump where a leaving atom is lost from sight.
+
+    That place is searched by halving: beyond it the energy is what it is 30 Å away, to `noise` eV
+    per atom. Just inside, energy and forces should be those far away, too.
+    """
+    cluster = leaving(atoms)
+    far = value(calculator, cluster(30.0), "energy")
+
+    def seen(distance: float) -> bool:
+        return abs(value(calculator, cluster(distance), "energy") - far) > noise
+
+    inside, outside = 2.0, 27.0  # Å
+    if seen(outside):
+        raise NotApplicable("atoms see each other beyond 27 Å")
+    if not seen(inside):
+        raise NotApplicable("atoms 2 Å apart do not see each other")
+
+    # Halve the distance between the two until they meet
+    while outside - inside > 1e-6:
+        middle = (inside + outside) / 2
+        if seen(middle):
+            inside = middle
+        else:
+            outside = middle
+    return difference(calculator, cluster(inside), cluster(30.0), of)
+
+
+def isolated_atom(calculator, atoms: Atoms, expected: dict | None = None, of="energy"):
+    """An atom of each element, alone in a large cell, has the energy `expected` ({symbol: eV}; of
+    a Facet: E0; else the same in two cells), no forces, no stress. Units as `of`."""
+    # What a Facet should say is known
+    if isinstance(calculator, facet.FacetCalculator) and expected is None:
+        config = calculator.model.config
+        E0 = config.reference_energies or [0.0] * len(config.species)
+        expected = dict(zip(config.species, E0, strict=True))
+
+    worst = dict.fromkeys(parts_of(of), 0.0)
+    for symbol in sorted(set(atoms.symbols)):
+        alone = Atoms(symbol, [[1, 2, 3]], cell=[21, 22, 23], pbc=True)
+        for name in worst:
+            wanted = 0.0
+            if name == "energy":
+                larger = Atoms(symbol, [[1, 2, 3]], cell=[31, 27, 29], pbc=True)
+                wanted = expected[symbol] if expected else value(calculator, larger, "energy")
+            error = np.abs(value(calculator, alone, name) - wanted).max()
+            worst[name] = np.maximum(worst[name], error)  # nan stays nan
+    return as_asked(worst, of)
+
+
+# ─── Dynamics ────────────────────────────────────────────────────────────────────────────────────
+
+
+def conservation(calculator, atoms: Atoms, kelvin: float = 300, steps: int = 200,
+                 femtoseconds: float = 1.0, seed: int = 0) -> dict:
+    """A short molecular dynamics at constant energy (velocity Verlet), from `kelvin` on.
+
+    Returns time_ps [steps+1], energy_meV_per_atom [steps+1], the total energy from its start, and
+    drift_meV_per_atom_per_ps, the slope of a line through it. The temperature falls to about half
+    if the crystal starts at rest.
+    """
+    # Speeds of that temperature; the crystal as a whole stays where it is
+    atoms = atoms.copy()
+    atoms.calc = calculator
+    speeds = np.random.default_rng(seed).normal(size=(len(atoms), 3))
+    momenta = speeds * np.sqrt(units.kB * kelvin * atoms.get_masses())[:, None]
+    if len(atoms) > 1:
+        momenta -= momenta.mean(0)
+    atoms.set_momenta(momenta)
+
+    # The total energy after each step
+    energy = []
+    dynamics = VelocityVerlet(atoms, femtoseconds * units.fs)
+    dynamics.attach(lambda: energy.append(atoms.get_total_energy()))
+    dynamics.run(steps)
+
+    time_ps = np.arange(len(energy)) * femtoseconds / 1000
+    change = 1000 * (np.array(energy) - energy[0]) / len(atoms)
+    drift = np.polyfit(time_ps, change, 1)[0]
+    return {
+        "time_ps": time_ps,
+        "energy_meV_per_atom": change,
+        "drift_meV_per_atom_per_ps": float(drift),
+    }
+
+
+def conservation_error(calculator, atoms: Atoms, kelvin: float = 300, **more) -> float:
+    """Spread of the total energy in `conservation`, over the kinetic energy at its start."""
+    kinetic = 1000 * 1.5 * units.kB * kelvin  # meV per atom
+    energy = conservation(calculator, atoms, kelvin, **more)["energy_meV_per_atom"]
+    return float(np.ptp(energy) / kinetic)
+
+
+# ─── Harmonics that turn, and crystals to try ────────────────────────────────────────────────────
+
+
+def wigner(R, L: int) -> torch.Tensor:
+    """The matrix D [M, M] with Y(R u) = D Y(u) for every u: by least squares over directions, so
+    there is no formula to get wrong."""
+    directions = torch.from_numpy(np.random.default_rng(0).normal(size=(300, 3)))  # [300, 3]
+    directions /= directions.norm(dim=1, keepdim=True)
+    R = torch.as_tensor(R, dtype=torch.float64)
+    before = facet.harmonics(directions, L)  # [300, M]
+    after = facet.harmonics(directions @ R.T, L)  # [300, M]
+    return torch.linalg.lstsq(before, after).solution.T
+
+
+def random_alloy(atoms: int, seed: int = 0) -> Atoms:
+    """A rattled silicon-like crystal of about that many atoms, half of them carbon."""
+    rng = np.random.default_rng(seed)
+    n = round((atoms / 8) ** (1 / 3))
+    crystal = ase.build.bulk("Si", cubic=True) * (n, n, n)
+    crystal.symbols = rng.choice(["Si", "C"], len(crystal))
+    crystal.positions += rng.normal(0, 0.1, (len(crystal), 3))
+    return crystal
+
+
+def random_crystal(species, seed: int = 0) -> Atoms:
+    """Eight atoms of these elements, at least one of each if there are no more, in a strained
+    (triclinic) and rattled face-centred lattice."""
+    rng = np.random.default_rng(seed)
+    kinds = list(species)[:8]
+    symbols = kinds + list(rng.choice(kinds, 8 - len(kinds)))
+
+    # Neighbours 2.2 mean covalent radii apart
+    radius = np.mean([covalent_radii[atomic_numbers[symbol]] for symbol in symbols])
+    crystal = ase.build.bulk("Cu", cubic=True, a=2.2 * radius * 2 ** 0.5) * (1, 1, 2)
+    crystal.symbols = rng.permutation(symbols)
+
+    strain = np.eye(3) + rng.uniform(-0.06, 0.06, (3, 3))
+    crystal.set_cell(crystal.cell.array @ strain, scale_atoms=True)
+    crystal.positions += rng.normal(0, 0.08, (len(crystal), 3))
+    return crystal
