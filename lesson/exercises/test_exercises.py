@@ -1093,6 +1093,7 @@ def patched(patch: str) -> ModuleType:
     module = ModuleType("facet")
     module.SOURCE = source
     exec(compile(source, "facet.py with a patch", "exec"), module.__dict__)
+    module.gaunt = cache(module.gaunt)  # most of the time of making a model
     return module
 
 
