@@ -15,8 +15,9 @@ import runpy
 import sys
 import time
 import tokenize
+from functools import cache
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 
 import ase.build
 import draw
@@ -334,6 +335,15 @@ def comments_of(source: str) -> dict[int, str]:
     return found
 
 
+@cache
+def formula_of(dimension: str) -> tuple[str, frozenset[str], CodeType]:
+    """A dimension such as "2 C" as Python, the names in it, and its code."""
+    formula = dimension.replace("·", "*").replace("²", "**2")
+    formula = re.sub(r" (?=[\w(])", "*", formula)
+    names = frozenset(re.findall(r"[A-Za-z_]\w*", formula))
+    return formula, names, compile(formula, dimension, "eval")
+
+
 def fits(shape: tuple, claim: str, known: dict[str, int]) -> bool:
     """Does a shape fit a claim such as "N, K, 3"? Single letters that are new get their size.
 
@@ -351,11 +361,9 @@ def fits(shape: tuple, claim: str, known: dict[str, int]) -> bool:
 
     for dimension, size in zip(dimensions, shape):
         at_most = dimension.startswith("≤ ")
-        formula = dimension.removeprefix("≤ ").replace("·", "*").replace("²", "**2")
-        formula = re.sub(r" (?=[\w(])", "*", formula)
-        names = set(re.findall(r"[A-Za-z_]\w*", formula))
+        formula, names, code = formula_of(dimension.removeprefix("≤ "))
         if names <= known.keys():
-            value = eval(formula, {}, dict(known))
+            value = eval(code, {}, dict(known))
             if size > value or (size != value and not at_most):
                 return False
         elif re.fullmatch(r"[A-Za-z]", formula) and not at_most:
