@@ -497,9 +497,9 @@ def peak_memory(*paths: Path, block: int) -> np.ndarray:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_large_file_is_streamed_in_bounded_memory(tmp_path):
-    """9 MB more in the file are below 25 MB more in memory; read at once, they are over 60."""
-    small = mptrj_like(tmp_path / "small.json", 2e6, mean_log=4.0)
-    large = mptrj_like(tmp_path / "large.json", 11e6, mean_log=4.0)
+    """10 MB more in the file are below 25 MB more in memory; read at once, they are over 60."""
+    small = mptrj_like(tmp_path / "small.json", 4e6, mean_log=4.0)
+    large = mptrj_like(tmp_path / "large.json", 14e6, mean_log=4.0)
     in_turn = (small.with_suffix(".db"), large.with_suffix(".db"), small, large)
     grown = np.diff(peak_memory(*in_turn, block=50))  # the small file has several blocks, too
     print(f"{grown[0] / 1e6:.0f} MB more streamed, {grown[2] / 1e6:.0f} MB more at once")
