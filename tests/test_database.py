@@ -1,16 +1,19 @@
 """Tests of tools/database.py: what is converted, what a kill leaves, and how much memory it takes.
 
-    pytest tools/test_database.py
-    python tools/test_database.py --gigabytes 2         # a file in MPtrj's layout: frames/s, memory
+    pytest tests/test_database.py
+    python tests/test_database.py --gigabytes 2         # a file in MPtrj's layout: frames/s, memory
 
 The second command prints the speed of the conversion, its peak memory, and how fast frames are
 read again in random order.
 """
 import argparse
+import io
 import json
 import multiprocessing
+import operator
 import os
 import pickle
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -18,6 +21,8 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import redirect_stderr
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import ase.build
@@ -106,6 +111,14 @@ def example(tmp_path_factory) -> tuple[Path, list[Atoms]]:
     return path, wanted
 
 
+@pytest.fixture(scope="module")
+def converted(example, tmp_path_factory) -> str:
+    """A database of the example. Copy it before you change it."""
+    out = str(tmp_path_factory.mktemp("converted") / "a.db")
+    database.convert([str(example[0])], out)
+    return out
+
+
 # ─── What is converted ───────────────────────────────────────────────────────────────────────────
 
 def test_database_holds_what_the_file_holds(example, tmp_path, monkeypatch):
@@ -120,14 +133,12 @@ def test_database_holds_what_the_file_holds(example, tmp_path, monkeypatch):
     assert row.energy == wanted[5].calc.results["energy"], "ASE's own tools see the same"
 
 
-def test_columns_of_the_database_are_those_of_the_frames(example, tmp_path):
-    path, wanted = example
+def test_columns_of_the_database_are_those_of_the_frames(example, converted, tmp_path):
+    _, wanted = example
     atom = frames.labelled(Atoms("Xe"), -1.0, np.zeros((1, 3)), group="7")
     ase.io.write(tmp_path / "atom.xyz", [atom], format="extxyz")
-    for some in (tmp_path / "a.db", tmp_path / "b.db"):
-        database.convert([str(path)], str(some))
     alone = [str(tmp_path / "atom.xyz")]
-    mixed = frames.read([str(tmp_path / "a.db"), *alone])
+    mixed = frames.read([converted, *alone])
     plain = frames.Frames([frames.InMemory(wanted), *frames.read(alone).parts])
     numbers = plain.elements()
     assert 54 in numbers and 54 not in mixed[:-1].elements()
@@ -146,9 +157,9 @@ def test_columns_of_the_database_are_those_of_the_frames(example, tmp_path):
         assert [x.info for x in left] == [x.info for x in right]
 
 
-def test_rows_that_were_deleted_are_not_read(example, tmp_path):
-    path, wanted = example
-    database.convert([str(path)], str(tmp_path / "a.db"))
+def test_rows_that_were_deleted_are_not_read(example, converted, tmp_path):
+    _, wanted = example
+    shutil.copy(converted, tmp_path / "a.db")
     with ase.db.connect(tmp_path / "a.db") as plain:
         plain.delete([1, 5, 6])
     left = [atoms for i, atoms in enumerate(wanted) if i + 1 not in (1, 5, 6)]
@@ -158,14 +169,12 @@ def test_rows_that_were_deleted_are_not_read(example, tmp_path):
     assert (some.compositions(numbers) == frames.in_memory(left).compositions(numbers)).all()
 
 
-def test_fingerprint_changes_with_what_is_in_the_database(example, tmp_path):
+def test_fingerprint_changes_with_what_is_in_the_database(example, converted, tmp_path):
     path, _ = example
-    prints = []
-    for name in ("a.db", "b.db"):
-        database.convert([str(path)], str(tmp_path / name))
-        prints.append(frames.read([str(tmp_path / name)]).fingerprint())
+    database.convert([str(path)], str(tmp_path / "b.db"))
+    prints = [frames.read([name]).fingerprint() for name in (converted, str(tmp_path / "b.db"))]
     assert prints[0] == prints[1]
-    assert frames.read([str(tmp_path / "a.db")], without=["stress"]).fingerprint() != prints[0]
+    assert frames.read([converted], without=["stress"]).fingerprint() != prints[0]
     for column in ("positions", "forces", "stress", "cell", "numbers"):
         with ase.db.connect(tmp_path / "b.db") as plain:
             command = f"UPDATE systems SET {column} = (SELECT {column} FROM systems WHERE id = 2) "
@@ -174,12 +183,11 @@ def test_fingerprint_changes_with_what_is_in_the_database(example, tmp_path):
     assert len(set(prints)) == 6
 
 
-def test_equal_frames_of_databases_are_found(example, tmp_path):
-    path, wanted = example
-    for name in ("a.db", "b.db"):
-        database.convert([str(path)], str(tmp_path / name))
-    once, _ = frames.twins(frames.read([str(tmp_path / "a.db")]))
-    twice, _ = frames.twins(frames.read([str(tmp_path / "a.db"), str(tmp_path / "b.db")]))
+def test_equal_frames_of_databases_are_found(example, converted, tmp_path):
+    _, wanted = example
+    other = shutil.copy(converted, tmp_path / "b.db")
+    once, _ = frames.twins(frames.read([converted]))
+    twice, _ = frames.twins(frames.read([converted, str(other)]))
     n = len(wanted)
     assert (once[:40] < 0).all() and (twice[n:] >= 0).all() and (twice[:n] == once).all()
     for later, row in enumerate(twice):
@@ -208,12 +216,9 @@ def test_frames_keep_the_labels_they_have(tmp_path):
     assert not frames.read([str(tmp_path / "a.db")], without=["stress"]).labels()[:, 2].any()
 
 
-def test_stress_of_a_database_can_be_left_unread(example, tmp_path):
-    path, _ = example
-    database.convert([str(path)], str(tmp_path / "a.db"))
-    paths = [str(tmp_path / "a.db")]
-    assert "stress" in frames.read(paths)[3].calc.results
-    assert "stress" not in frames.read(paths, without=["stress"])[3].calc.results
+def test_stress_of_a_database_can_be_left_unread(converted):
+    assert "stress" in frames.read([converted])[3].calc.results
+    assert "stress" not in frames.read([converted], without=["stress"])[3].calc.results
 
 
 def test_groups_and_numbers_for_names_are_kept(tmp_path):
@@ -288,7 +293,7 @@ def test_bad_frame_stops_the_conversion_and_is_named(tmp_path, capsys):
 
 
 def test_changed_input_is_refused(tmp_path):
-    path = mptrj_like(tmp_path / "m.json", 120_000)
+    path = mptrj_like(tmp_path / "m.json", 20_000)
     out = str(tmp_path / "a.db")
     database.convert([str(path)], out)
     database.convert([str(path)], out)
@@ -297,11 +302,10 @@ def test_changed_input_is_refused(tmp_path):
         database.convert([str(path)], out)
 
 
-def test_files_can_be_added_and_count_once(example, tmp_path):
+def test_files_can_be_added_and_count_once(example, converted, tmp_path):
     path, wanted = example
     other = copper(tmp_path / "b.xyz", ("energy", "forces", "virial"))
-    out = str(tmp_path / "a.db")
-    database.convert([str(path)], out)
+    out = str(shutil.copy(converted, tmp_path / "a.db"))
     database.convert([str(path), other, other], out)
     assert_holds(tmp_path / "a.db", [*wanted, *frames.iread(other)])
 
@@ -327,31 +331,27 @@ def test_what_is_no_database_of_ours_is_left_alone(example, tmp_path, capsys):
 
 # ─── Processes ───────────────────────────────────────────────────────────────────────────────────
 
-def energy_of(some: frames.Frames, row: int) -> float:
-    return some[row].calc.results["energy"]
+def energy_of(atoms: Atoms) -> float:
+    return atoms.calc.results["energy"]
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_every_process_reads_with_a_connection_of_its_own(method, example, tmp_path):
+def test_every_process_reads_with_a_connection_of_its_own(method, example, converted):
     if method not in multiprocessing.get_all_start_methods():
         pytest.skip(f"this system has no {method}")
-    path, wanted = example
-    database.convert([str(path)], str(tmp_path / "a.db"))
-    some = frames.read([str(tmp_path / "a.db")])
+    energies = [energy_of(atoms) for atoms in example[1]]
+    some = frames.read([converted])
     rows = list(range(len(some)))
-    energies = [atoms.calc.results["energy"] for atoms in wanted]
-    assert [energy_of(some, row) for row in rows] == energies  # the connection is open here
+    assert [energy_of(some[row]) for row in rows] == energies  # the connection is open here
 
-    with multiprocessing.get_context(method).Pool(2) as pool:
-        asked = pool.starmap_async(energy_of, [(some, row) for row in rows], chunksize=9)
-        assert [energy_of(some, row) for row in rows] == energies
-        assert asked.get(60) == energies
+    with multiprocessing.get_context(method).Pool(2 if method == "fork" else 1) as pool:
+        asked = pool.starmap_async(operator.getitem, [(some, row) for row in rows], chunksize=9)
+        assert [energy_of(some[row]) for row in rows] == energies
+        assert [energy_of(atoms) for atoms in asked.get(60)] == energies
 
 
-def test_inherited_connection_is_not_used(example, tmp_path):
-    path, _ = example
-    database.convert([str(path)], str(tmp_path / "a.db"))
-    part, = frames.read([str(tmp_path / "a.db")]).parts
+def test_inherited_connection_is_not_used(converted):
+    part, = frames.read([converted]).parts
     here = part.connection()
     assert part.connection() is here
     assert pickle.loads(pickle.dumps(part)).database is None
@@ -365,63 +365,76 @@ def test_inherited_connection_is_not_used(example, tmp_path):
     assert part.connection() is not others[0]
 
 
-SCRIPT = """
-import sys, time
-from tools import database
-database.BLOCK = 5
-write = database.Writer.write
-def slowly(self, block, known):
-    write(self, block, known)
-    print("block", flush=True)
-    time.sleep({pause})
-database.Writer.write = slowly
-sys.exit(database.main(sys.argv[1:]))
-"""
+def convert_slowly(path: Path, out: Path, pause: float, end: Connection) -> None:
+    """The command in blocks of five frames, a word and a pause after each; then status and stderr.
+
+    It runs in a process of its own.
+    """
+    write = database.Writer.write
+
+    def slowly(*arguments):
+        write(*arguments)
+        end.send("block")
+        time.sleep(pause)
+
+    database.BLOCK = 5
+    database.Writer.write = slowly
+    with redirect_stderr(io.StringIO()) as said:
+        status = database.main([str(path), str(out)])
+    end.send((status, said.getvalue()))
 
 
-def start(arguments: list, pause: float) -> subprocess.Popen:
-    """The command in a process of its own, in blocks of five frames with pauses in between."""
-    command = [sys.executable, "-c", SCRIPT.format(pause=pause), *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE)
+def start(path: Path, out: Path, pause: float):
+    """A process that converts slowly, and the end of the pipe on which it tells how far it is."""
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe(duplex=False)
+    process = fork.Process(target=convert_slowly, args=(path, out, pause, theirs))
+    process.start()
+    theirs.close()
+    return process, ours
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
-def test_killed_conversion_goes_on_where_it_was(example, tmp_path):
+needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(),
+                                reason="this system has no fork")
+
+
+@needs_fork
+def test_killed_conversion_goes_on_where_it_was(example, tmp_path, monkeypatch, capsys):
     """Killed three times in the midst of it; the result is that of one conversion."""
     path, wanted = example
     out = tmp_path / "a.db"
     for blocks in (2, 4, 3):
-        process = start([path, out], pause=0.01)
-        for _ in range(blocks):
-            while (line := process.stdout.readline()) and line != "block\n":
-                pass
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL, "it ended before it was killed"
+        process, told = start(path, out, pause=0.01)
+        assert [told.recv() for _ in range(blocks)] == ["block"] * blocks
+        os.kill(process.pid, signal.SIGKILL)
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL, "it ended before it was killed"
         with pytest.raises(BadInput, match="a.db: is not complete; give the command"):
             frames.read([str(out)])
 
     with ase.db.connect(out) as plain:
         there = plain.count()
     assert 0 < there < len(wanted) and there % 5 == 0
-    process = start([path, out], pause=0)
-    said, error = process.communicate(timeout=60)
-    assert process.returncode == 0, error
-    assert f"{there} frames are there; going on" in said
+    monkeypatch.setattr(database, "BLOCK", 5)
+    assert database.main([str(path), str(out)]) == 0
+    assert f"{there} frames are there; going on" in capsys.readouterr().out
     assert_holds(out, wanted)
 
 
+@needs_fork
 def test_two_at_once_do_not_hurt_each_other(example, tmp_path):
     """One of them converts, the other one ends with a sentence, at once or when it notices."""
     path, wanted = example
     out = tmp_path / "a.db"
-    both = [start([path, out], pause=0.05) for _ in range(2)]
-    ends = [process.communicate(timeout=60) for process in both]
-    codes = [process.returncode for process in both]
-    assert sorted(codes) == [0, 1], ends
-    error = ends[codes.index(1)][1]
-    assert "another process is writing into it" in error and "Traceback" not in error
+    said = {}
+    both = [start(path, out, pause=0.05) for _ in range(2)]
+    for process, told in both:
+        while (word := told.recv()) == "block":
+            pass
+        status, said[status] = word
+        process.join(60)
+    assert said.keys() == {0, 1}, said
+    assert "another process is writing into it" in said[1]
     assert_holds(out, wanted)
 
 
@@ -446,57 +459,52 @@ def test_others_wait_from_the_look_at_the_metadata_on(example, tmp_path, monkeyp
     assert tried
 
 
-def test_progress_is_a_line_now_and_then_in_a_file(example, tmp_path):
+def test_progress_is_a_line_now_and_then_in_a_file(example, tmp_path, capsys):
     path, wanted = example
-    process = start([path, tmp_path / "a.db"], pause=0)
-    said, _ = process.communicate(timeout=60)
-    lines = [line for line in said.splitlines() if line != "block"]
-    assert lines == [f"{path}: {len(wanted)} frames", f"{tmp_path / 'a.db'} is complete"]
+    assert database.main([str(path), str(tmp_path / "a.db")]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{path}: {len(wanted)} frames", f"{tmp_path / 'a.db'} is complete"]
 
 
 # ─── Memory ──────────────────────────────────────────────────────────────────────────────────────
 
 # what getrusage calls the peak may be that of the parent: the kernel's own count is not
-PEAK = """
-import re
-status = open("/proc/self/status").read()
-print("peak", re.search(r"VmHWM:\\s*(\\d+) kB", status)[1])
-"""
-
-CONVERT = """
-import sys
+PEAKS = """
+import json, re, sys
 from tools import database
 database.BLOCK = {block}
-assert database.main(sys.argv[1:]) == 0
-""" + PEAK
+peaks = []
+for path in {paths}:
+    if path.endswith(".db"):
+        assert database.main([path[:-3] + ".json", path]) == 0
+    else:
+        content = json.load(open(path))
+    status = open("/proc/self/status").read()
+    peaks.append(1024 * float(re.search(r"VmHWM:\\s*(\\d+) kB", status)[1]))
+print("peaks", *peaks)
+"""
 
 
-READ_AT_ONCE = """
-import json, sys
-from tools import database
-content = json.load(open(sys.argv[1]))
-""" + PEAK
+def peak_memory(*paths: Path, block: int) -> np.ndarray:
+    """Peak memory so far of a process, bytes, after each path: a database to make, a JSON to load.
 
-
-def peak_memory(code: str, *arguments) -> float:
-    """Peak memory of a process of its own that runs the code, bytes."""
-    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT,
-                          capture_output=True, text=True, check=True)
-    return 1024 * float(done.stdout.rsplit("peak", 1)[1])
+    A database is made of the JSON of its name.
+    """
+    code = PEAKS.format(block=block, paths=[str(path) for path in paths])
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          check=True)
+    return np.array(done.stdout.rsplit("peaks", 1)[1].split(), float)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_large_file_is_streamed_in_bounded_memory(tmp_path):
-    """15 MB more in the file are a few MB more in memory; read at once, they are over 60."""
-    small = mptrj_like(tmp_path / "small.json", 5e6, mean_log=4.0)
-    large = mptrj_like(tmp_path / "large.json", 20e6, mean_log=4.0)
-    convert = CONVERT.format(block=50)  # the small file has several blocks, too
-    grown = []
-    for code, name in ((convert, ".db"), (READ_AT_ONCE, "")):
-        before = peak_memory(code, small, small.with_suffix(name))
-        grown.append(peak_memory(code, large, large.with_suffix(name)) - before)
-    print(f"{grown[0] / 1e6:.0f} MB more streamed, {grown[1] / 1e6:.0f} MB more at once")
-    assert grown[0] < 25e6 < 60e6 < grown[1], grown
+    """10 MB more in the file are below 25 MB more in memory; read at once, they are over 60."""
+    small = mptrj_like(tmp_path / "small.json", 4e6, mean_log=4.0)
+    large = mptrj_like(tmp_path / "large.json", 14e6, mean_log=4.0)
+    in_turn = (small.with_suffix(".db"), large.with_suffix(".db"), small, large)
+    grown = np.diff(peak_memory(*in_turn, block=50))  # the small file has several blocks, too
+    print(f"{grown[0] / 1e6:.0f} MB more streamed, {grown[2] / 1e6:.0f} MB more at once")
+    assert grown[0] < 25e6 < 60e6 < grown[2], grown
 
 
 def measure(gigabytes: float, folder: Path) -> None:
@@ -504,7 +512,7 @@ def measure(gigabytes: float, folder: Path) -> None:
     path = mptrj_like(folder / "large.json", 1e9 * gigabytes, different=2000, mean_log=3.1)
     print(f"{path}: {path.stat().st_size / 1e9:.2f} GB", flush=True)
     start = time.perf_counter()
-    peak = peak_memory(CONVERT.format(block=database.BLOCK), path, folder / "large.db")
+    peak, = peak_memory(folder / "large.db", block=database.BLOCK)
     seconds = time.perf_counter() - start
 
     some = frames.read([str(folder / "large.db")])
