@@ -50,7 +50,7 @@ import os
 import threading
 import warnings
 from dataclasses import asdict, dataclass, fields
-from functools import reduce
+from functools import cache, reduce
 from math import factorial, sqrt
 from pathlib import Path
 from typing import NamedTuple
@@ -498,6 +498,7 @@ def lebedev(exact_degree: int) -> tuple[Tensor, Tensor]:
     raise ValueError(f"no Lebedev rule has degree {exact_degree}; the largest is 131")
 
 
+@cache  # most of the time that it takes to build a model
 def gaunt(l1: int, l2: int, l3: int) -> Tensor:
     """Coupling coefficients [2·l1+1, 2·l2+1, 2·l3+1]: degrees l1 and l2 combined to l3. [F §3.3]
 
