@@ -268,6 +268,25 @@ def test_names_of_labels_are_given_to_the_database(tmp_path):
         database.convert([path], out)
 
 
+def test_database_of_a_time_with_fewer_labels_is_read_and_goes_on(tmp_path):
+    """Its metadata list the first two of the labels that there are now."""
+    one = copper(tmp_path / "one.xyz", ("energy", "forces", "my_stress"))
+    two = copper(tmp_path / "two.xyz", ("energy", "forces", "my_stress"), count=4)
+    out = str(tmp_path / "a.db")
+    database.convert([one], out)
+    with database.connect(out) as connection:
+        known = connection.metadata["facet"]
+        connection.metadata = {"facet": {**known, "names": ["", ""], "labels": [3, 3]}}
+    assert len(frames.read([out])) == 3
+    database.convert([two], out)
+    assert len(frames.read([out])) == 7
+    assert database.connect(out).metadata["facet"]["labels"] == [7, 7, 0]
+    with pytest.raises(BadInput, match="labels already"):
+        frames.read([out], Names("REF_energy"))
+    with pytest.raises(BadInput, match="begun with other names"):
+        database.convert([two], out, Names("REF_energy"))
+
+
 def test_name_of_a_stress_that_no_frame_has_is_refused(tmp_path, capsys):
     path = copper(tmp_path / "ref.xyz", ("energy", "forces", "REF_virial"))
     arguments = [path, str(tmp_path / "a.db"), "--stress", "REF_viral"]
