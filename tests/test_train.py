@@ -955,7 +955,7 @@ def test_model_says_where_it_comes_from(tmp_path):
     first = found[0]
     assert len(found) > 2 and all(origin == first for origin in found)
     saved = facet.load(tmp_path / "runs" / "a" / "model.pt")
-    assert getattr(saved, "origin", first) == first, "not what facet.save was given"
+    assert saved.origin == first, "not what facet.save was given"
     assert json.loads(json.dumps(first)) == first, "it is plain"
     assert first["command"] == "python train_small.py --train …" and "init" not in first
     assert set(first["versions"]) == {"python", "torch", "numpy", "scipy", "ase"}
