@@ -93,7 +93,7 @@ def test_lines_that_the_lesson_shows_are_in_the_file():
     """Blocks marked `py` are lines of facet.py, word for word but for their indentation."""
     code = re.sub(r"(?m)^ +", "", text_of(ROOT / "facet.py"))
     shown = re.findall(r"```py\n(.*?)```", text_of(LESSON), re.S)
-    assert len(shown) == 10
+    assert len(shown) == 13
     for block in shown:
         for part in re.sub(r"(?m)^ +", "", block).strip().split("\n\n"):
             assert part in code, f"not in facet.py:\n{part}"
@@ -337,9 +337,9 @@ def comments_of(source: str) -> dict[int, str]:
 
 @cache
 def formula_of(dimension: str) -> tuple[str, frozenset[str], CodeType]:
-    """A dimension such as "2 C" as Python, the names in it, and its code."""
+    """A dimension such as "2 C" or "2C" as Python, the names in it, and its code."""
     formula = dimension.replace("·", "*").replace("²", "**2")
-    formula = re.sub(r" (?=[\w(])", "*", formula)
+    formula = re.sub(r" (?=[\w(])|(?<=\d)(?=[A-Za-z])", "*", formula)
     names = frozenset(re.findall(r"[A-Za-z_]\w*", formula))
     return formula, names, compile(formula, dimension, "eval")
 
@@ -534,7 +534,8 @@ def run_facet(module) -> None:
         batch = module.make_batch(graphs, config.cutoff)
         out = model(batch, differentiable=True)
         out["forces"].square().sum().backward()
-    model.splines.double().fit(model.splines, torch.linspace(1, 3, 50))
+    module.FacetCalculator(model, "cpu").calculate(crystals[1])
+    model.splines.double().fit(model.splines)
 
 
 def run_reference(module) -> None:
