@@ -67,7 +67,7 @@ def blocks(page: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", text_of(page), re.S)
 
 
-CODE = [(page, i) for page in (FRONT, LESSON, TESTING) for i in range(len(blocks(page)))]
+CODE = [(page, i) for page in (FRONT, LESSON, TESTING, QUESTIONS) for i in range(len(blocks(page)))]
 
 
 @pytest.mark.parametrize("page, i", CODE, ids=[f"{named(page)}-{i}" for page, i in CODE])
