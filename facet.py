@@ -50,7 +50,7 @@ import os
 import threading
 import warnings
 from dataclasses import asdict, dataclass, fields
-from functools import reduce
+from functools import cache, reduce
 from math import factorial, sqrt
 from pathlib import Path
 from typing import NamedTuple
@@ -498,6 +498,7 @@ def lebedev(exact_degree: int) -> tuple[Tensor, Tensor]:
     raise ValueError(f"no Lebedev rule has degree {exact_degree}; the largest is 131")
 
 
+@cache  # most of the time that it takes to build a model
 def gaunt(l1: int, l2: int, l3: int) -> Tensor:
     """Coupling coefficients [2·l1+1, 2·l2+1, 2·l3+1]: degrees l1 and l2 combined to l3. [F §3.3]
 
@@ -549,10 +550,10 @@ def chunks(index: Tensor, X: int) -> list[slice]:
 class NeighbourSum(torch.autograd.Function):
     """A[p m3, n, bc] = Σ_m1,m2 G[p m3, m1 m2] Σ_k w[n,b,m2,k] h[index[n,b,k], c m1]
 
-        w[n,b,m2,k] = Σ_s φ[s,n,b,l2,k] Y[s,n,m2,k]
+        w[n,b,m2,k] = Σ_t φ[t,n,b,l2,k] Y[t,n,m2,k]
 
     Group b of an atom sees group b of its neighbours: the rows of h are (atom, group). The model
-    has one term s; the derivative of φ Y has two.
+    has one term t; the derivative of φ Y has two.
 
     Autograd could do it. Written by hand, the largest tensors (w, and h of every neighbour) exist
     for one cache-sized chunk of atoms at a time and are never kept; benchmarks/density.py --sums
@@ -563,7 +564,7 @@ class NeighbourSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, phi, Y, h, index, G, degree):
-        """phi [S, N, B, L+1, K], Y [S, N, M, K], h [(N+U)·B, c m1], index [N, B, K],
+        """phi [terms, N, B, L+1, K], Y [terms, N, M, K], h [(N+U)·B, c m1], index [N, B, K],
         G [l3 m3 Q, m1 m2], degree [M] of each row of Y → A [l3 m3 Q, N+U, b c].
 
         The last U atoms have no neighbours, so their A is 0.
@@ -574,7 +575,7 @@ class NeighbourSum(torch.autograd.Function):
         A = h.new_zeros(len(G), len(h) // B, B * c)  # [l3 m3 Q, N+U, b c]
 
         for n in chunks(index, X + M):  # X numbers of each neighbour for h, M for w
-            terms = phi[:, n].index_select(3, degree) * Y[:, n, None]  # [S, n, b, M, K]
+            terms = phi[:, n].index_select(3, degree) * Y[:, n, None]  # [terms, n, b, M, K]
             w = reduce(torch.add, terms).flatten(0, 1)  # [n b, M, K]
             there = embedding(index[n].flatten(0, 1), h)  # [n b, K, c m1] is h[index], only faster
             D = torch.bmm(there.mT, w.mT)  # [n b, c m1, m2]
@@ -604,13 +605,13 @@ class NeighbourGrad(torch.autograd.Function):
         for n in chunks(index, X + M):
             at = index[n].flatten(0, 1)  # [n b, K]
             D = (grad_A[:, n].flatten(1).T @ G).view(-1, X, M)  # [n b, c m1, m2] gradient of D
-            radial = phi[:, n].index_select(3, degree)  # [S, n, b, M, K]
-            y = Y[:, n, None]  # [S, n, 1, M, K]
+            radial = phi[:, n].index_select(3, degree)  # [terms, n, b, M, K]
+            y = Y[:, n, None]  # [terms, n, 1, M, K]
 
             # What a neighbour's weight w is worth, and φ and Y in it
             worth = torch.bmm(D.mT, embedding(at, h).mT).view_as(radial[0])  # [n, b, M, K]
-            to_phi[:, n].index_add_(3, degree, worth * y)  # [S, n, b, L+1, K]
-            torch.sum(worth * radial, 2, out=to_Y[:, n])  # [S, n, M, K]
+            to_phi[:, n].index_add_(3, degree, worth * y)  # [terms, n, b, L+1, K]
+            torch.sum(worth * radial, 2, out=to_Y[:, n])  # [terms, n, M, K]
 
             # What its features are worth
             if needs_h:
@@ -630,12 +631,12 @@ class NeighbourGrad(torch.autograd.Function):
         dY = torch.zeros_like(Y) if dY is None else dY
 
         # dw·h has twice the terms of w·h; φ stands in the second half of them, Y in the first
-        two_phi = torch.cat([dphi, phi])  # [2S, N, B, L+1, K]
-        two_Y = torch.cat([Y, dY])  # [2S, N, M, K]
+        two_phi = torch.cat([dphi, phi])  # [2·terms, N, B, L+1, K]
+        two_Y = torch.cat([Y, dY])  # [2·terms, N, M, K]
         to_A = NeighbourSum.apply(two_phi, two_Y, h, *constants)
         to_phi, to_Y, to_h = NeighbourGrad.apply(grad_A, two_phi, two_Y, h, *constants, True)
-        to_phi = to_phi[len(phi):]  # [S, N, B, L+1, K]
-        to_Y = to_Y[:len(Y)]  # [S, N, M, K]
+        to_phi = to_phi[len(phi):]  # [terms, N, B, L+1, K]
+        to_Y = to_Y[:len(Y)]  # [terms, N, M, K]
 
         # w·dh
         if dh is not None:
@@ -1104,16 +1105,17 @@ def load(path: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> 
                                 "runs/<name>/model.pt")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        newer = content["facet"] > FORMAT
-        content = upgrade(content)
-        config = dict(content["config"])
-        state = dict(content["state"])
+        number = int(content["facet"])
+        if number <= FORMAT:
+            content = upgrade(content)
+            config = dict(content["config"])
+            state = dict(content["state"])
     except Exception as error:
         raise ValueError(f"{path} is not a Facet checkpoint, or it is damaged "
                          f"({type(error).__name__})") from error
-    if newer:
-        raise ValueError(f"{path}: is of format {content['facet']}, and this version of facet.py "
-                         f"knows those up to {FORMAT}; use a newer facet.py")
+    if number > FORMAT:
+        raise ValueError(f"{path}: is of format {number}, and this version of facet.py knows those "
+                         f"up to {FORMAT}; use a newer facet.py")
 
     known = {field.name for field in fields(Config)}
     for name in sorted(known ^ config.keys()):

@@ -3,7 +3,8 @@
     python benchmarks/density.py            # 3 minutes on 2 quiet cores
     python benchmarks/density.py --quick    # 20 seconds: few repeats, to 512 atoms; writes nothing
     python benchmarks/density.py --sums     # 1 minute: what facet.NeighbourSum saves against the
-                                            # same in four lines; writes nothing
+                                            # same in a few lines; writes nothing
+    python benchmarks/density.py --chunks   # 1 minute: a training step with chunks of other sizes
 
 Prints, at one thread and at two:
 
@@ -26,8 +27,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from math import log
 from pathlib import Path
+from unittest import mock
 
 import ase.build
 import torch
@@ -201,14 +204,13 @@ class PlainSum:
     """What facet.NeighbourSum computes, in a few lines; its derivatives are autograd's."""
 
     @staticmethod
-    def apply(
-        phi: Tensor, Y: Tensor, h: Tensor, index: Tensor, G: Tensor, degree: Tensor
-    ) -> Tensor:
-        """Shapes as there."""
-        edge = phi.index_select(2, degree) * Y[:, None]  # [N, B, M, K]
-        D = torch.bmm(h[index.flatten(0, 1)].mT, edge.flatten(0, 1).mT)  # [N b, c m1, m2]
-        A = (G @ D.view(-1, G.shape[1]).T).view(len(G), len(phi), -1)  # [Q, N, b c]
-        return pad(A, (0, 0, 0, len(h) // index.shape[1] - len(phi)))  # [Q, N+U, b c]
+    def apply(phi, Y, h, index, G, degree):
+        N, B, K = index.shape
+        w = (phi.index_select(3, degree) * Y[:, :, None]).sum(0)  # [N, B, M, K]
+        there = h[index.flatten()].view(N * B, K, -1)  # [N B, K, c m1]
+        D = torch.bmm(there.mT, w.flatten(0, 1).mT).view(-1, G.shape[1])  # [N B c, m1 m2]
+        A = (G @ D.T).view(len(G), N, -1)  # [l3 m3 Q, N, C]
+        return pad(A, (0, 0, 0, len(h) // B - N))  # [l3 m3 Q, N+U, C]
 
 
 SUMS = {"ours": facet.NeighbourSum, "plain": PlainSum}
@@ -262,6 +264,26 @@ def what_sums_save() -> None:
                   f"{ms['ours'] / ms['plain']:.2f} of it")
 
 
+def what_chunks_cost() -> None:
+    """Print milliseconds of a training step on 512 atoms, for facet.chunks of several sizes."""
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        step = silicon_jobs(4, "ours")["training step"]
+
+        def step_with(numbers: int, step=step) -> None:
+            def chunks(index, X):
+                n = max(1, numbers // max(1, index[0].numel() * X))
+                return [slice(a, min(a + n, len(index))) for a in range(0, len(index), n)]
+
+            with mock.patch.object(facet, "chunks", chunks):
+                step()
+
+        jobs = {power: partial(step_with, 2 ** power) for power in range(15, 25)}
+        ms = in_turn(jobs, 6)
+        for power, found in ms.items():
+            print(f"{threads} threads, chunks of 2^{power} numbers: {found:.1f} ms")
+
+
 # ─── All of it ───────────────────────────────────────────────────────────────────────────────────
 
 
@@ -269,9 +291,13 @@ def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("--quick", action="store_true", help="a smoke run that writes nothing")
     parser.add_argument("--sums", action="store_true", help="what facet.py's sums save; no more")
+    parser.add_argument("--chunks", action="store_true", help="what their sizes cost; no more")
     args = parser.parse_args()
     if args.sums:
         what_sums_save()
+        return
+    if args.chunks:
+        what_chunks_cost()
         return
     sizes, seconds = ([1, 2, 4], 0.4) if args.quick else ([1, 2, 4, 8, 11], 8)
     start = time.perf_counter()

@@ -540,7 +540,7 @@ def start_moments(model: facet.Facet) -> dict[str, np.ndarray]:
         found[f"layer {t} W2"] = moments_by_degree(v)
         found[f"layer {t} W3"] = moments_by_degree(grid.W3(y))
         found[f"layer {t} Ws"] = moments_by_degree((y[:, 0] @ grid.Ws)[:, None])
-        squares = grid.from_grid(grid.on_grid(y) * grid.on_grid(draw(*y.shape)))
+        squares = grid.from_grid(grid.on_grid(y) * grid.on_grid(draw(*y.shape))) / grid.spread
         found[f"layer {t} product"] = moments_by_degree(squares)
     return found
 

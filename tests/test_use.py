@@ -6,6 +6,7 @@ import copy
 import multiprocessing
 import os
 import pickle
+import re
 import subprocess
 import sys
 import warnings
@@ -40,6 +41,16 @@ from tools.check import (
 from tools.properties import ALL, GENERIC, rotated
 
 HERE = Path(__file__).resolve().parent
+
+def test_package_needs_what_requirements_say_and_no_test_tools():
+    """`pip install .` installs facet.py with these; its bounds are those of requirements.txt."""
+    text = (HERE.parent / "pyproject.toml").read_text(encoding="utf-8")
+    listed = re.search(r"dependencies = \[(.*?)\]", text).group(1)
+    found = re.findall(r'"(.*?)"', listed)
+    wanted = (HERE.parent / "requirements.txt").read_text(encoding="utf-8").split()
+    tools = [line for line in wanted if line.startswith(("pytest", "hypothesis"))]
+    assert found == [line for line in wanted if line not in tools] and len(tools) == 2
+
 
 # ─── Training and checkpoints ───────────────────────────────────────────────────────────────────
 
@@ -509,6 +520,7 @@ def test_calculator_works_in_a_forked_process():
 
 NEW_PROCESS = """
 import pickle
+import re
 import sys
 import warnings
 
