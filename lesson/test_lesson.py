@@ -67,7 +67,7 @@ def blocks(page: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", text_of(page), re.S)
 
 
-CODE = [(page, i) for page in (FRONT, LESSON, TESTING) for i in range(len(blocks(page)))]
+CODE = [(page, i) for page in (FRONT, LESSON, TESTING, QUESTIONS) for i in range(len(blocks(page)))]
 
 
 @pytest.mark.parametrize("page, i", CODE, ids=[f"{named(page)}-{i}" for page, i in CODE])
@@ -93,7 +93,7 @@ def test_lines_that_the_lesson_shows_are_in_the_file():
     """Blocks marked `py` are lines of facet.py, word for word but for their indentation."""
     code = re.sub(r"(?m)^ +", "", text_of(ROOT / "facet.py"))
     shown = re.findall(r"```py\n(.*?)```", text_of(LESSON), re.S)
-    assert len(shown) == 10
+    assert len(shown) == 13
     for block in shown:
         for part in re.sub(r"(?m)^ +", "", block).strip().split("\n\n"):
             assert part in code, f"not in facet.py:\n{part}"

@@ -1,6 +1,6 @@
 """Is facet.py right? Is any potential? The table of properties, and what checks and tests share.
 
-    python -m tools.check           is facet.py right? (15 s)
+    python -m tools.check           is facet.py right? (about 7 s)
     python -m tools.check --help    a trained model, any calculator
 
 `python test_facet.py` is the same command. Every tolerance stands in TOL with its reason. Models
