@@ -29,6 +29,7 @@ Glossary
     M  (L+1)², number of (l, m)               P  points of the Lebedev grid
     Q  paths (l1, l2, l3) of a layer          Z  chemical species that the model knows
     X  what a row of h holds, (c, l1 m1)      U  chemical species that are present in the batch
+    J  rows (l3, m3, path) of a density: Σ (2·l3 + 1) Q_l3, Q_l3 the paths that end in l3
 
 Conventions
     units       Å, eV, eV/Å, eV/Å³
@@ -565,14 +566,14 @@ class NeighbourSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, phi, Y, h, index, G, degree):
         """phi [terms, N, B, L+1, K], Y [terms, N, M, K], h [(N+U)·B, c m1], index [N, B, K],
-        G [l3 m3 Q, m1 m2], degree [M] of each row of Y → A [l3 m3 Q, N+U, b c].
+        G [J, m1 m2], degree [M] of each row of Y → A [J, N+U, b c].
 
         The last U atoms have no neighbours, so their A is 0.
         """
         ctx.save_for_backward(phi, Y, h, index, G, degree)
         B, M, X = index.shape[1], Y.shape[2], h.shape[1]
         c = X * M // G.shape[1]  # X = c·m1, and G has m1·m2 columns
-        A = h.new_zeros(len(G), len(h) // B, B * c)  # [l3 m3 Q, N+U, b c]
+        A = h.new_zeros(len(G), len(h) // B, B * c)  # [J, N+U, b c]
 
         for n in chunks(index, X + M):  # X numbers of each neighbour for h, M for w
             terms = phi[:, n].index_select(3, degree) * Y[:, n, None]  # [terms, n, b, M, K]
@@ -580,7 +581,7 @@ class NeighbourSum(torch.autograd.Function):
             there = embedding(index[n].flatten(0, 1), h)  # [n b, K, c m1] is h[index], only faster
             D = torch.bmm(there.mT, w.mT)  # [n b, c m1, m2]
             D = D.view(-1, G.shape[1])  # [n b c, m1 m2]
-            torch.mm(G, D.T, out=A[:, n].view(len(G), -1))  # [l3 m3 Q, n b c]
+            torch.mm(G, D.T, out=A[:, n].view(len(G), -1))  # [J, n b c]
         return A
 
     @staticmethod
@@ -682,12 +683,12 @@ class Density(nn.Module):
                     row = torch.zeros((l_in + 1) ** 2, (L + 1) ** 2).double()  # [m1, m2]
                     row[rows_of(l1), rows_of(l2)] = gaunt(l1, l2, l3)[:, :, m3]
                     G.append(row.flatten())  # [m1 m2]
-        G = torch.stack(G) / sqrt(config.mean_neighbours)  # [l3 m3 Q, m1 m2]
+        G = torch.stack(G) / sqrt(config.mean_neighbours)  # [J, m1 m2]
         self.register_buffer("G", G, persistent=False)
         self.register_buffer("degree_of_row", degree_of_row(L), persistent=False)  # [M]
 
     def forward(self, h: Tensor, index: Tensor, phi: Tensor, Y: Tensor) -> Tensor:
-        """The messages of all atoms: [N+U, l3 m3 Q, C].
+        """The messages of all atoms: [N+U, J, C].
 
         h [N+U, (l_in+1)², C] features, index [N, B, K] the neighbours' rows in h [(N+U)·B, …],
         phi [N, B, L+1, K] radial functions, Y [N, M, K] harmonics. The last U atoms have no
@@ -696,8 +697,8 @@ class Density(nn.Module):
         B = index.shape[1]
         h = h.transpose(1, 2).reshape(len(h) * B, -1)  # [(N+U)·B, c m1] a row per group
         constants = index, self.G, self.degree_of_row
-        A = NeighbourSum.apply(phi[None], Y[None], h, *constants)  # [l3 m3 Q, N+U, C]
-        return A.transpose(0, 1)  # [N+U, l3 m3 Q, C]
+        A = NeighbourSum.apply(phi[None], Y[None], h, *constants)  # [J, N+U, C]
+        return A.transpose(0, 1)  # [N+U, J, C]
 
 
 # ─── §6 Mixing, species and skip connection ───
@@ -725,16 +726,16 @@ class Mix(nn.Module):
             for m3 in range(2 * l3 + 1):
                 path += range(sum(counts[:l3]), sum(counts[:l3 + 1]))
                 row += [l3 * l3 + m3] * Q
-        total = torch.eye(len(counts) ** 2, dtype=torch.float64)[:, row]  # [M, l3 m3 Q] of 0 and 1
-        self.register_buffer("path", torch.tensor(path), persistent=False)  # [l3 m3 Q]
+        total = torch.eye(len(counts) ** 2, dtype=torch.float64)[:, row]  # [M, J] of 0 and 1
+        self.register_buffer("path", torch.tensor(path), persistent=False)  # [J]
         self.register_buffer("total", total, persistent=False)
 
     def forward(self, A: Tensor) -> Tensor:
-        """[N, l3 m3 Q, C] as Density returns it → [N, (l_out+1)², C]."""
+        """[N, J, C] as Density returns it → [N, (l_out+1)², C]."""
         N, _, C = A.shape
         by_path = torch.cat([W.view(-1, C, C) for W in self.W])  # [paths, C, C]
-        W = by_path.index_select(0, self.path)  # [l3 m3 Q, C, C]
-        mixed = torch.bmm(A.transpose(0, 1), W)  # [l3 m3 Q, N, C]
+        W = by_path.index_select(0, self.path)  # [J, C, C]
+        mixed = torch.bmm(A.transpose(0, 1), W)  # [J, N, C]
         message = self.total @ mixed.flatten(1)  # [M, N C]
         return message.view(-1, N, C).transpose(0, 1)  # [N, M, C]
 
@@ -896,9 +897,9 @@ class ProductGrid(GridLayer):
 class SiluGrid(GridLayer):
     """x + f W₃ with f = silu(x(Ω) W₁ + b), as in the paper. [F §3.3]
 
-    SiLU is not a polynomial: this layer is equivariant only as far as the grid is fine. Its default
-    degree grows like L, from 15 (86 points) at L = 2; benchmarks/equivariance.py has the error of
-    this grid and of others.
+    SiLU is not a polynomial: this layer is equivariant only as far as the grid is fine. The default
+    degree is our choice, 15 (86 points) at L = 2; benchmarks/equivariance.py has the error of this
+    grid and of others.
     """
 
     def __init__(self, L: int, config: Config):

@@ -161,7 +161,7 @@ class EdgeList(EdgeWiseDensity):
                 sums.append(total.index_add(0, dst, message * radial[path]))
                 path += 1
 
-        return torch.cat(sums, 1).index_select(1, self.back)  # [N, l3 m3 Q, C]
+        return torch.cat(sums, 1).index_select(1, self.back)  # [N, J, C]
 
 
 class EdgeWiseMLP(EdgeList):
@@ -225,7 +225,7 @@ class TensorProduct(facet.ProductGrid):
     def __init__(self, L: int, config: facet.Config):
         super().__init__(L, config)
         coupling = facet.Density(L, L, replace(config, degree=L))  # has the same paths
-        G = coupling.G * sqrt(config.mean_neighbours)  # [l3 m3 Q, m1 m2]
+        G = coupling.G * sqrt(config.mean_neighbours)  # [J, m1 m2]
         self.register_buffer("G", G, persistent=False)
         weights = [facet.randn(Q, config.channels, fan_in=Q) for Q in coupling.counts]
         self.w = nn.ParameterList(weights)
@@ -234,7 +234,7 @@ class TensorProduct(facet.ProductGrid):
         """[N, M, C] → [N, M, C]."""
         u, v = self.W12(x).chunk(2, -1)  # 2 × [N, M, C]
         v = v * ((1 + v.square().mean((1, 2), keepdim=True)) / 2).rsqrt()  # [N, M, C]
-        A = self.G @ (u[:, :, None] * v[:, None]).flatten(1, 2)  # [N, l3 m3 Q, C]
+        A = self.G @ (u[:, :, None] * v[:, None]).flatten(1, 2)  # [N, J, C]
         A = A.split([(2 * l + 1) * len(w) for l, w in enumerate(self.w)], 1)  # [N, m3 Q, C]
         parts = []
         for a, w in zip(A, self.w, strict=True):

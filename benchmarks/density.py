@@ -107,7 +107,7 @@ class EdgeWiseDensity(facet.Density):
             for l2, message in zip(pairs, messages, strict=True):
                 sums.append((message * radial[l2]).sum(1))  # [N, rows of l1 l2, C]
 
-        A = torch.cat(sums, 1).index_select(1, self.back)  # [N, l3 m3 Q, C]
+        A = torch.cat(sums, 1).index_select(1, self.back)  # [N, J, C]
         return pad(A, (0, 0, 0, 0, 0, len(h) - N))  # lone atoms get nothing
 
 
@@ -209,8 +209,8 @@ class PlainSum:
         w = (phi.index_select(3, degree) * Y[:, :, None]).sum(0)  # [N, B, M, K]
         there = h[index.flatten()].view(N * B, K, -1)  # [N B, K, c m1]
         D = torch.bmm(there.mT, w.flatten(0, 1).mT).view(-1, G.shape[1])  # [N B c, m1 m2]
-        A = (G @ D.T).view(len(G), N, -1)  # [l3 m3 Q, N, C]
-        return pad(A, (0, 0, 0, len(h) // B - N))  # [l3 m3 Q, N+U, C]
+        A = (G @ D.T).view(len(G), N, -1)  # [J, N, C]
+        return pad(A, (0, 0, 0, len(h) // B - N))  # [J, N+U, C]
 
 
 SUMS = {"ours": facet.NeighbourSum, "plain": PlainSum}

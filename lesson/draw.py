@@ -151,7 +151,7 @@ def inside(model: facet.Facet) -> dict[str, torch.Tensor]:
     product = grid_layer.on_grid(u) * grid_layer.on_grid(v)  # [P, 1, C]
     seen["u"] = u
     seen["v"] = v
-    seen["product"] = grid_layer.from_grid(product)
+    seen["product"] = grid_layer.from_grid(product) / grid_layer.spread
     return {name: feature[0].detach() for name, feature in seen.items()}
 
 
@@ -424,7 +424,7 @@ def sum_first(figure: Figure) -> None:
     config = facet.Config(("Si",), channels=64)
     C = config.channels
     K = round(results["mean_neighbours"])
-    G = facet.Density(config.degree, config.degree, config).G  # [l3 m3 Q, m1 m2]
+    G = facet.Density(config.degree, config.degree, config).G  # [J, m1 m2]
     M = (config.degree + 1) ** 2
     out = len(G)
     couplings = int((G != 0).sum())

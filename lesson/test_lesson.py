@@ -347,7 +347,7 @@ def formula_of(dimension: str) -> tuple[str, frozenset[str], CodeType]:
 def fits(shape: tuple, claim: str, known: dict[str, int]) -> bool:
     """Does a shape fit a claim such as "N, K, 3"? Single letters that are new get their size.
 
-    "l3 m3 Q" is a product; "≤ M" is a bound; words of several letters may be anything, but for
+    "2 C" is a product; "≤ M" is a bound; words of several letters may be anything, but for
     those in `known`.
     """
     if "…" in claim:

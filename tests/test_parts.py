@@ -282,7 +282,7 @@ def test_summing_neighbours_first_equals_coupling_first(L):
     src = torch.randint(N, (N, K), generator=g)
     density = build(degree=L).layers[1].density
     index = src[:, None] * B + torch.arange(B)[:, None]
-    A = density(h, index, phi, Y)  # [N, l3 m3 Q, C]
+    A = density(h, index, phi, Y)  # [N, J, C]
     widths = [(2 * l + 1) * Q for l, Q in enumerate(density.counts)]
 
     # Edge by edge, one path after the other

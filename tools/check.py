@@ -157,7 +157,7 @@ def outputs(model, *crystals: Atoms) -> dict[str, np.ndarray]:
 
 
 def features(model, atoms: Atoms) -> dict:
-    """What the parts of every layer put out: (t, part) → [N, M, C], a density [N, l3 m3 Q, C]."""
+    """What the parts of every layer put out: (t, part) → [N, M, C], a density [N, J, C]."""
     found = {}
     hooks = []
     for t, layer in enumerate(model.layers):
@@ -210,7 +210,7 @@ def ladder(model, atoms: Atoms, derivatives: bool = False) -> dict[str, float]:
     # Layer by layer.
     for t in range(model.config.layers):
         shape = len(atoms), -1, model.config.channels  # [N, m3 Q, C]
-        A = np.concatenate([a.reshape(shape) for a in want["A"][t]], 1)  # [N, l3 m3 Q, C]
+        A = np.concatenate([a.reshape(shape) for a in want["A"][t]], 1)  # [N, J, C]
         steps[f"layer {t} density"] = largest(found[t, "density"], A)[0]
         for part, name in (("mix", "message"), ("skip", "skip"), ("grid", "h")):
             steps[f"layer {t} {part}"] = largest(found[t, part], want[name][t])[0]
