@@ -153,7 +153,7 @@ class PairPotential:
         # the B-splines and their slopes at all distances
         r = torch.from_numpy(np.linalg.norm(graph.vectors, axis=1))  # [E]
         one = torch.ones_like(r)
-        value, slope = torch.func.jvp(self.spline.basis, (r,), (one,))  # [E, R] each
+        value, slope = torch.autograd.functional.jvp(self.spline.basis, (r,), (one,))  # [E, R] each
         pull = (slope / r[:, None]).numpy()[:, None] * graph.vectors[:, :, None]  # [E, 3, R]
 
         # sums over pairs
