@@ -191,12 +191,16 @@ def read(patterns: Sequence[str], names: Names) -> Frames:
 
 def frames_of(path: str, names: Names) -> list[ase.Atoms]:
     """The frames of a file that ASE reads; see `read`."""
+    crystals = []
     try:
-        crystals = list(images(path))
+        for atoms in images(path):
+            crystals.append(atoms)
     except Exception as error:  # whatever ASE's many readers stumble over
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        cure = "is it complete and in a format that ASE knows?"
-        raise BadInput(f"{path}: cannot be read, {cure} ({reason})") from error
+        raise BadInput(
+            f"{path}, frame {len(crystals)}: cannot be read, is it complete and in a format that "
+            f"ASE knows? ({reason})"
+        ) from error
     if not crystals:
         raise BadInput(f"{path}: holds no structures")
 
@@ -303,7 +307,7 @@ def describe(model: facet.Facet, path: Path) -> str:
         ("E0 (eV)", ", ".join(energies) or "0"),
         *describe_origin(model.origin),
     ]
-    return "\n".join(f"{name:<12}{text}" for name, text in lines)
+    return "\n".join(f"{name:<14}{text}" for name, text in lines)
 
 
 def describe_origin(origin: dict) -> list[tuple[str, str]]:
@@ -372,8 +376,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--out {args.out}: the output is extended XYZ; name it something.extxyz")
     if args.out and not args.out.parent.is_dir():
         parser.error(f"--out {args.out}: there is no folder {args.out.parent}")
-    if args.out and args.out.exists():
-        parser.error(f"--out {args.out}: exists already; remove it, or give another name")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=args.device)
@@ -385,6 +387,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     try:
+        if args.out and args.out.exists():
+            raise BadInput(f"--out {args.out}: exists already; remove it, or give another name")
         model = load_model(args.model, args.device).requires_grad_(False)
         if not args.files:
             print(describe(model, args.model))
