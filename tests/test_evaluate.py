@@ -32,7 +32,7 @@ ORIGIN = {
     "data": {"train": [{"file": "si.xyz", "sha256": "ab12", "frames": 214}], "valid": []},
     "units": {"length": "Å", "energy": "eV"},
     "date": "2026-01-02T03:04:05+00:00",
-    "shortest": {"Cu-Cu": 2.1, "Cu-Au": 2.345},
+    "shortest": {"Cu-Cu": 1.1, "Cu-Au": 1.345},
     "init": {"file": "runs/old/model.pt", "sha256": "cd34"},
 }
 
@@ -447,7 +447,7 @@ def test_model_alone_says_where_it_comes_from(path):
             f"{sum(p.numel() for p in facet.load(path).parameters())}", "Cu -1.5000, Au 2.2500",
             ORIGIN["command"], ORIGIN["date"], "python 3.11.7, torch 2.13.0",
             "214 frames of si.xyz, SHA-256 ab12", "length Å, energy eV",
-            "Cu-Cu 2.10, Cu-Au 2.35", "runs/old/model.pt, SHA-256 cd34"):
+            "Cu-Cu 1.10, Cu-Au 1.34", "runs/old/model.pt, SHA-256 cd34"):
         assert words in printed, words
     assert len({line.split()[0] for line in printed.splitlines()}) == len(printed.splitlines())
 
