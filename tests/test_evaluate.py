@@ -2,6 +2,7 @@
 import io
 import os
 import pkgutil
+import runpy
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -457,9 +458,21 @@ def test_model_of_an_older_format_says_that_it_does_not_tell():
     assert "does not tell" in printed and "SHA-256" not in printed and "elements " in printed
 
 
-def test_origin_that_somebody_wrote_by_hand_is_printed_as_far_as_it_goes(model, tmp_path):
+def test_origin_that_somebody_wrote_by_hand_is_printed_as_far_as_it_goes():
     lines = dict(evaluate.describe_origin({"shortest": {"Cu-Cu": 2.1}}))
     assert lines["shortest (Å)"] == "Cu-Cu 2.10" and lines["command"] == "unknown"
+
+
+def test_module_is_a_command(path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["evaluate", path])
+    runpy.run_path(evaluate.__file__, run_name="__main__")
+    assert capsys.readouterr().out.rstrip("\n") == command(path).rstrip("\n")
+    monkeypatch.setattr(sys, "argv", ["evaluate", "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(evaluate.__file__, run_name="__main__")
+    printed = capsys.readouterr().out
+    assert end.value.code == 0 and "MODEL [FILE" in printed
+    assert "a file that exists is never replaced" in printed
 
 
 # ─── What the tools import ───────────────────────────────────────────────────────────────────────
