@@ -4,7 +4,7 @@
     python -m tools.evaluate runs/si/model.pt bare.cif --out labelled.extxyz
     python -m tools.evaluate runs/si/model.pt                           # how it was made
 
-FILE is whatever tools.frames reads (files, globs, databases), but here a frame may lack all labels.
+FILE is whatever tools.frames reads (files, globs, databases); besides, frames may lack all labels.
 Frames that have some are compared with the model, beside one energy per species. --out writes all
 frames with the model's energy, forces and stress, and with `source` (file and frame), `material`
 and `group`; a file that exists is never replaced. Without labels, and without --out, what the
@@ -171,7 +171,7 @@ def print_table(what: str, rows: dict[str, dict], groups: dict[str, dict]) -> No
 def read(patterns: Sequence[str], names: Names) -> Frames:
     """The frames of files, globs and databases, checked, with the labels that they have, if any.
 
-    Raises BadInput for what tools.frames refuses, except that frames may lack all labels.
+    Raises BadInput for what tools.frames refuses, but frames may lack all labels, unless in JSON.
     """
     paths = expand(patterns)
     parts = []
@@ -191,6 +191,7 @@ def read(patterns: Sequence[str], names: Names) -> Frames:
 
 def frames_of(path: str, names: Names) -> list[ase.Atoms]:
     """The frames of a file that ASE reads; see `read`."""
+    # everything that is in it
     crystals = []
     try:
         for atoms in images(path):
@@ -204,6 +205,7 @@ def frames_of(path: str, names: Names) -> list[ase.Atoms]:
     if not crystals:
         raise BadInput(f"{path}: holds no structures")
 
+    # what of that counts here
     found = []
     for i, atoms in enumerate(crystals):
         source = f"{path}, frame {i}"
@@ -246,8 +248,8 @@ def compare(model: facet.Facet, frames: Frames, predictions: list[dict]) -> None
 
 def print_predictions(frames: Frames, predictions: list[dict]) -> None:
     """A line for each of the first frames."""
-    titles = [f"{f'{label.quantity} ({label.unit})':>16s}" for label in TABLE]
-    print(f"\n{'largest component of':34s} {' '.join(titles)}")
+    titles = [f"{label.quantity} ({label.unit})" for label in TABLE]
+    print(f"\n{'largest component of':34s} {' '.join(f'{title:>16s}' for title in titles)}")
     for atoms, found in zip(frames[:SHOWN], predictions):
         cells = [f"{largest(found[label.name]):16.6g}" for label in TABLE]
         print(f"{atoms.info['source']:34s} {' '.join(cells)}")
@@ -263,10 +265,10 @@ def largest(value: np.ndarray) -> float:
 def write(path: Path, frames: Frames, predictions: list[dict]) -> None:
     """The frames with the model's labels, as extended XYZ: a part file that is renamed when it is
     whole."""
+    some = [relabelled(*both) for both in zip(frames, predictions, strict=True)]
     part = path.with_name(f"{path.name}.part")
     try:
-        ase.io.write(part, [relabelled(*both) for both in zip(frames, predictions, strict=True)],
-                     format="extxyz")
+        ase.io.write(part, some, format="extxyz")
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
