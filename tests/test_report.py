@@ -1,9 +1,12 @@
 """Tests of tools/report.py, tools/physics.py and tools/panels.py: numbers against loops by hand."""
 import csv
+import io
 import json
-import subprocess
+import runpy
 import sys
+from contextlib import redirect_stdout
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import ase.build
@@ -11,15 +14,14 @@ import ase.io
 import numpy as np
 import pytest
 import torch
-from ase import units
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.stress import voigt_6_to_full_3x3_stress
+from matplotlib.figure import Figure
 
 import facet
 from tools import emt, physics, report
-from tools.frames import BadInput, read
+from tools.frames import read
+from tools.labels import labelled
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIG = facet.Config(
     tuple(emt.METALS), cutoff=4.0, degree=1, channels=8, layers=2, groups=2, splines=8,
     first_knot=1.0, mean_neighbours=20.0, energy_scale=0.8, reference_energies=tuple(range(7)))
@@ -27,11 +29,6 @@ SETTINGS = {
     "train": (), "valid": (), "test": (), "seed": 0, "energy": "", "forces": "", "stress": "",
     "stress_weight": 0.1, "device": "cpu"}
 COLUMNS = ("step", "seconds", "energy_mae_meV_per_atom", "force_mae_meV_per_A")
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread():
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -49,24 +46,49 @@ def model() -> facet.Facet:
         return facet.Facet(CONFIG)
 
 
+def run_folder(folder: Path, model, log=((1, 0.5, 20.0, 80.0), (2, 1.0, 10.0, 50.0)),
+               **settings) -> Path:
+    """A folder such as a training leaves, with the settings given."""
+    folder.mkdir(parents=True)
+    facet.save(model, folder / "model.pt")
+    facet.save(model, folder / "checkpoint.pt", settings={**SETTINGS, **settings})
+    with open(folder / "metrics.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([COLUMNS, *log])
+    return folder
+
+
 @pytest.fixture
 def make_run(tmp_path, model):
-    """A folder such as a training leaves, with the settings given."""
-    def make(log=((1, 0.5, 20.0, 80.0), (2, 1.0, 10.0, 50.0)), **settings) -> Path:
-        folder = tmp_path / "runs" / "one"
-        folder.mkdir(parents=True)
-        facet.save(model, folder / "model.pt")
-        facet.save(model, folder / "checkpoint.pt", settings={**SETTINGS, **settings})
-        with open(folder / "metrics.csv", "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([COLUMNS, *log])
-        return folder
-    return make
+    return partial(run_folder, tmp_path / "runs" / "one", model)
 
 
-@pytest.fixture(autouse=True)
-def short_dynamics(monkeypatch):
-    """Ten steps will do."""
-    monkeypatch.setattr(physics, "STEPS", 10)
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory, crystals, model) -> tuple[Path, dict, str]:
+    """Folder, result and printed text of a whole report of the embedded set.
+
+    Ten steps of dynamics, and a relaxation that ends early, will do.
+    """
+    runs = tmp_path_factory.mktemp("runs")
+    (runs / "emt.extxyz").write_bytes(crystals.read_bytes())
+    folder = run_folder(runs / "one", model)
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        patch.setattr(physics, "STEPS", 10)
+        patch.setattr(physics, "FMAX", 0.1)
+        result = report.report(folder)
+    return folder, result, printed.getvalue()
+
+
+@pytest.fixture
+def figure(whole, monkeypatch) -> list:
+    """Gets the picture of a report, which is not rendered, and whose physics are those of `whole`:
+    both take seconds."""
+    shown = []
+    found = dict(whole[1]["physics"])
+    del found["relaxation"]
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: shown.append((self, path)))
+    monkeypatch.setattr(physics, "all_of_it", lambda model, some: found)
+    return shown
 
 
 def written(path: Path, images, **options) -> str:
@@ -77,91 +99,18 @@ def written(path: Path, images, **options) -> str:
 # ─── Errors ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_predictions_are_those_of_the_calculator(crystals, model):
-    frames = read([str(crystals)])[:12]
-    for found, atoms in zip(report.predict(model, frames, batch_atoms=30), frames, strict=True):
-        free = atoms.copy()
-        free.calc = facet.FacetCalculator(model, device="cpu")
-        np.testing.assert_allclose(found["energy"], free.get_potential_energy(), rtol=1e-5)
-        np.testing.assert_allclose(found["forces"], free.get_forces(), atol=1e-4)
-        np.testing.assert_allclose(found["stress"], free.get_stress(voigt=False), atol=1e-4)
-
-
-def test_molecule_has_no_stress(model):
-    molecule = ase.build.molecule("CO")
-    molecule.symbols = "CuAu"
-    found, = report.predict(model, [molecule])
-    assert np.isfinite(found["forces"]).all() and np.isnan(found["stress"]).all()
-
-
-def test_errors_are_means_over_what_is_labelled(crystals, model):
-    frames = list(read([str(crystals)])[:6])
-    del frames[0].calc.results["energy"]
-    del frames[1].calc.results["stress"]
-    predictions = report.predict(model, frames)
-
-    energy, force, stress = [], [], []
-    for i, (found, atoms) in enumerate(zip(predictions, frames, strict=True)):
-        wanted = atoms.calc.results
-        force += list((found["forces"] - wanted["forces"]).ravel())
-        if i != 0:
-            energy.append((found["energy"] - wanted["energy"]) / len(atoms))
-        if i != 1:
-            label = voigt_6_to_full_3x3_stress(wanted["stress"])
-            stress += list((found["stress"] - label).ravel() / units.GPa)
-
-    table = report.errors(predictions, frames)
-    assert len(table) == 6
-    for name, unit, scale, differences in (
-            ("energy", "meV_per_atom", 1000, energy), ("force", "eV_per_A", 1, force),
-            ("stress", "GPa", 1, stress)):
-        mae = scale * sum(abs(x) for x in differences) / len(differences)
-        rmse = scale * (sum(x * x for x in differences) / len(differences)) ** 0.5
-        assert table[f"{name}_mae_{unit}"] == pytest.approx(mae)
-        assert table[f"{name}_rmse_{unit}"] == pytest.approx(rmse)
-
-
-def test_errors_without_labels_are_none(crystals, model):
-    atoms = read([str(crystals)])[0]
-    atoms.calc.results.clear()
-    assert set(report.errors(report.predict(model, [atoms]), [atoms]).values()) == {None}
-    assert set(report.errors([], []).values()) == {None}
-
-
-def test_errors_of_two_frames_by_hand():
-    """Numbers that can be checked in the head; 1 eV/Å³ is 160.21766 GPa."""
+def test_force_errors_of_two_frames_by_hand():
+    """Numbers that can be checked in the head."""
     frames, predictions = [], []
-    for group, off in (("a", 1.0), ("b", -3.0)):
-        atoms = ase.Atoms("CuAu", [[0, 0, 0], [2, 0, 0]], cell=[4, 4, 4], pbc=True)
-        wanted = {"energy": -7.0, "forces": np.array([[3.0, 4.0, 0.0], [0.0, 0.0, 0.0]]),
-                  "stress": np.array([0.01, 0, 0, 0.02, 0, 0])}
-        atoms.calc = SinglePointCalculator(atoms, **wanted)
-        atoms.info["group"] = group
-        frames.append(atoms)
-
-        # energy off by 0.02 eV times `off`, one force by 0.6 eV/Å, xy (twice among nine) by 0.009
-        stress = wanted["stress"] + [0, 0, 0, 0, 0, 0.009 * off]
-        predictions.append({"energy": -7.0 + 0.02 * off,
-                            "stress": voigt_6_to_full_3x3_stress(stress),
-                            "forces": wanted["forces"] + [[0, 0, 0], [0, 0.6 * off, 0]]})
-
-    def table(energy, force, stress):
-        names = ("energy_{}_meV_per_atom", "force_{}_eV_per_A", "stress_{}_GPa")
-        return {name.format(kind): pytest.approx(value) for name, values in
-                zip(names, (energy, force, stress), strict=True)
-                for kind, value in zip(("mae", "rmse"), values, strict=True)}
-
-    GPa = 160.21766
-    one = table((10, 10), (0.1, 0.6 / 6 ** 0.5), (0.002 * GPa, 0.009 * (2 / 9) ** 0.5 * GPa))
-    three = table((30, 30), (0.3, 1.8 / 6 ** 0.5), (0.006 * GPa, 0.027 * (2 / 9) ** 0.5 * GPa))
-    both = table((20, 500 ** 0.5), (0.2, 0.6 * (10 / 12) ** 0.5),
-                 (0.004 * GPa, 0.009 * (10 * 2 / 18) ** 0.5 * GPa))
-    assert report.errors(predictions, frames) == both
-    groups = report.errors_by_group(predictions, frames)
-    assert groups == {"a": {"structures": 1, **one}, "b": {"structures": 1, **three}}
+    for off in (0.6, -1.8):
+        forces = np.array([[3.0, 4.0, 0.0], [0.0, 0.0, 0.0]])
+        frames.append(labelled(ase.Atoms("CuAu", [[0, 0, 0], [2, 0, 0]]), forces=forces))
+        predictions.append({"forces": forces + [[0, 0, 0], [0, off, 0]]})
+    frames.append(labelled(ase.Atoms("Cu"), energy=1.0))
+    predictions.append({"forces": np.ones((1, 3))})
 
     symbols, size, error = report.force_errors(predictions, frames)
-    assert list(symbols) == ["Cu", "Au", "Cu", "Au"]
+    assert list(symbols) == ["Cu", "Au", "Cu", "Au"], "without the atom that has no forces"
     assert size == pytest.approx([5, 0, 5, 0]), "|F| of the labels"
     assert error == pytest.approx([0, 0.6, 0, 1.8])
     assert report.errors_by_element(symbols, error) == pytest.approx({"Au": 1.2, "Cu": 0})
@@ -176,36 +125,9 @@ def test_errors_by_size_go_by_the_size():
     assert many[0] == (0.5, 23.5) and many[-1] == (22.5, 1.5) and len(many) == 12
 
 
-def test_predictions_of_thousands_of_frames_are_complete_and_in_order(model):
-    frames = [ase.Atoms("Cu2", [[0, 0, 0], [0, 0, 2 + i / 2500]]) for i in range(2003)]
-    found = report.predict(model, frames)
-    assert len(found) == 2003
-    for i in (0, 998, 999, 1000, 1001, 1999, 2000, 2002):
-        alone, = report.predict(model, [frames[i]])
-        assert found[i]["energy"] == pytest.approx(alone["energy"], rel=1e-6)
-    assert found[0]["energy"] != pytest.approx(found[2002]["energy"], rel=1e-3)
-
-
-def test_broken_geometry_is_named_by_its_frame(model):
-    frames = [ase.Atoms("Cu2", [[0, 0, 0], [0, 0, d]], info={"source": f"valid.xyz, frame {i}"})
-              for i, d in enumerate((2.5, 0.0))]
-    report.predict(model, frames[:1])
-    with pytest.raises(BadInput, match="valid.xyz, frame 1: atoms . and . sit on one spot"):
-        report.predict(model, frames)
-
-
-def test_groups_elements_and_sizes_add_up(crystals, model):
+def test_elements_and_sizes_add_up(crystals, model):
     frames = list(read([str(crystals)])[:20])
-    for i, atoms in enumerate(frames):
-        atoms.info["group"] = "few" if i % 4 == 0 else "many"
     predictions = report.predict(model, frames)
-
-    groups = report.errors_by_group(predictions, frames)
-    assert list(groups) == ["many", "few"]
-    assert [groups[name]["structures"] for name in groups] == [15, 5]
-    few = report.errors(predictions[::4], frames[::4])
-    assert groups["few"] == {"structures": 5, **few}
-
     symbols, size, error = report.force_errors(predictions, frames)
     assert len(symbols) == len(size) == len(error) == sum(len(atoms) for atoms in frames)
     elements = report.errors_by_element(symbols, error)
@@ -218,15 +140,6 @@ def test_groups_elements_and_sizes_add_up(crystals, model):
 
 
 # ─── Baselines ───────────────────────────────────────────────────────────────────────────────────
-
-
-def test_constant_baseline_knows_the_composition_only(crystals):
-    frames = read([str(crystals)])
-    atoms = frames[0]
-    found, *_ = report.constant_baseline(frames, CONFIG)
-    E0 = dict(zip(CONFIG.species, CONFIG.reference_energies, strict=True))
-    assert found["energy"] == sum(E0[symbol] for symbol in atoms.symbols)
-    assert not found["forces"].any() and not found["stress"].any()
 
 
 def test_pair_potential_finds_a_pair_potential(crystals):
@@ -323,14 +236,8 @@ def test_silu_on_a_coarse_grid_shows_an_equivariance_error(crystals):
 # ─── The report ──────────────────────────────────────────────────────────────────────────────────
 
 
-def test_report_of_the_embedded_set(make_run, crystals, capsys):
-    folder = make_run()
-    (folder.parent / "emt.extxyz").write_bytes(crystals.read_bytes())
-    result = report.report(folder)
-    json.dumps(result)  # it is plain
-    assert (folder / "report.png").stat().st_size > 10_000
-
-    printed = capsys.readouterr().out
+def test_report_prints_a_table_beside_the_baselines(whole):
+    _, result, printed = whole
     assert "\n6 test structures " in printed and "energy MAE (RMSE) meV/atom" in printed
     for name in ("Facet", "mean pair potential (one spline)", "constant per species"):
         line, = (line for line in printed.splitlines() if line.startswith(f"  {name} "))
@@ -341,15 +248,32 @@ def test_report_of_the_embedded_set(make_run, crystals, capsys):
                   for kind in ("mae", "rmse")]
         assert numbers == pytest.approx([table[key] for key in wanted], rel=1e-3, abs=6e-3)
     assert "by group" not in printed, "the files name none"
+
+
+def test_report_measures_physics_and_relaxes_the_alloy_that_was_held_out(whole):
+    _, result, printed = whole
     assert "total energy in molecular dynamics at 300 K" in printed
     assert "Cu3Au (L1₂), strained and rattled, relaxed by FIRE" in printed
     assert result["physics"]["relaxation"]["emt"]["converged"]
+    lattice = result["physics"]["relaxation"]["emt"]["lattice_constant_A"]
+    assert lattice == pytest.approx(3.71, abs=0.03)
     assert len(result["physics"]["equivariance_error"]["float64"]) == 6
     assert len(result["physics"]["energy_drift"]["time_ps"]) > 5
 
 
+def test_report_draws_and_returns_plain_numbers(whole):
+    folder, result, _ = whole
+    json.dumps(result)
+    assert (folder / "report.png").stat().st_size > 10_000
+
+
+# What of the twelve panels is drawn: splines of degrees 0 and 1 of three, and three of physics
+SPLINES = [True, True, False]
+DRAWN = [True, True, True]
+
+
 def test_report_has_a_line_per_group_and_copes_with_missing_labels(make_run, crystals, tmp_path,
-                                                                   capsys):
+                                                                   capsys, figure):
     images = ase.io.read(crystals, ":")
     test = images[:25]
     for i, atoms in enumerate(test):
@@ -367,14 +291,22 @@ def test_report_has_a_line_per_group_and_copes_with_missing_labels(make_run, cry
     assert result["by_group"]["kind 3"]["stress_mae_GPa"] is None
     assert result["stress_mae_GPa"] is not None and "Cu3Au" not in printed
 
+    # every panel has something to show, but that of the log, which is empty
+    (picture, path), = figure
+    assert path == folder / "report.png"
+    assert [axis.axison for axis in picture.axes] == 5 * [True] + SPLINES + DRAWN + [False]
 
-@pytest.mark.parametrize("held", ("test", "valid"))
+
+@pytest.mark.parametrize("held", ("test", "valid", "nothing"))
 def test_physics_are_those_of_structures_that_were_not_trained_on(held, make_run, crystals,
                                                                   tmp_path, monkeypatch):
+    """If there are any."""
     images = ase.io.read(crystals, ":")
     other = (written(tmp_path / "held.extxyz", images[:8]),)
-    settings = {"test": ("0",), "valid": ("0",), held: other}
-    folder = make_run(train=(written(tmp_path / "train.extxyz", images[8:]),), **settings)
+    settings = {"test": ("0",), "valid": ("0",)}
+    if held != "nothing":
+        settings[held] = other
+    folder = make_run(train=(written(tmp_path / "train.extxyz", images[8:20]),), **settings)
     seen = []
 
     def stop(model, frames):
@@ -383,10 +315,11 @@ def test_physics_are_those_of_structures_that_were_not_trained_on(held, make_run
     monkeypatch.setattr(physics, "all_of_it", stop)
     with pytest.raises(KeyboardInterrupt):
         report.report(folder)
-    assert len(seen) == 8 and all("held.extxyz" in source for source in seen)
+    count, name = (12, "train.extxyz") if held == "nothing" else (8, "held.extxyz")
+    assert len(seen) == count and all(name in source for source in seen)
 
 
-def test_report_without_a_test_set_says_so(make_run, crystals, capsys):
+def test_report_without_a_test_set_says_so(make_run, crystals, capsys, figure):
     folder = make_run(train=(str(crystals),), test=("0",), valid=("0",),
                       log=((1, 0.5, "nan", "nan"),))
     result = report.report(folder)
@@ -394,7 +327,11 @@ def test_report_without_a_test_set_says_so(make_run, crystals, capsys):
     assert "There is no test set" in printed and "test structures" not in printed
     assert result["energy_mae_meV_per_atom"] is None and result["baselines"] == {}
     assert "total energy in molecular dynamics" in printed
-    assert (folder / "report.png").stat().st_size > 10_000
+
+    # neither errors nor a log are drawn
+    (picture, path), = figure
+    assert path == folder / "report.png"
+    assert [axis.axison for axis in picture.axes] == 5 * [False] + SPLINES + DRAWN + [False]
 
 
 @pytest.mark.parametrize("wrong, sentence", (
@@ -413,7 +350,16 @@ def test_bad_folder_ends_with_one_sentence(wrong, sentence, make_run):
     assert sentence in end.value.code and "\n" not in end.value.code
 
 
-def test_command_helps():
-    words = [sys.executable, "-m", "tools.report", "--help"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "runs/NAME" in done.stdout
+def test_mistakes_in_the_program_keep_their_traceback(make_run, monkeypatch):
+    def mistaken(*_, **__):
+        raise ValueError("a shape is wrong")
+    monkeypatch.setattr(report, "load_sets", mistaken)
+    with pytest.raises(ValueError, match="a shape is wrong"):
+        report.main([str(make_run())])
+
+
+def test_command_helps(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["report", "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(report.__file__, run_name="__main__")
+    assert end.value.code == 0 and "runs/NAME" in capsys.readouterr().out

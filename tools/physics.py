@@ -15,9 +15,11 @@ from ase.optimize import FIRE
 
 import facet
 from tools import emt
+from tools.frames import neighbours
 from tools.properties import conservation, reflection
 
 STEPS = 400  # of 1 fs, in molecular dynamics
+FMAX = 0.01  # eV/Å, where the relaxation ends
 
 
 def all_of_it(model: facet.Facet, some: list[ase.Atoms]) -> dict:
@@ -32,10 +34,13 @@ def all_of_it(model: facet.Facet, some: list[ase.Atoms]) -> dict:
 
 
 def calmest(some: list[ase.Atoms], config: facet.Config) -> ase.Atoms:
-    """The structure nearest to rest, periodic and dense if there is one, of at least 30 atoms."""
+    """The structure nearest to rest, periodic and dense if there is one, of at least 30 atoms.
+
+    Raises BadInput, with the frame's name, for broken geometry.
+    """
     crowd = []  # neighbours of an atom, in each structure
     for atoms in some:
-        crowd.append(len(facet.find_neighbours(atoms, config).dst) / len(atoms))
+        crowd.append(len(neighbours(atoms, config).dst) / len(atoms))
 
     def unrest(i: int) -> tuple:
         wanted = some[i].calc.results
@@ -108,7 +113,7 @@ def relax_held_out(model: facet.Facet) -> dict:
         atoms = start.copy()
         atoms.calc = calculator
         optimizer = FIRE(FrechetCellFilter(atoms), logfile=None)
-        converged = optimizer.run(fmax=0.01, steps=500)
+        converged = optimizer.run(fmax=FMAX, steps=500)
         table[name] = {
             "lattice_constant_A": float(atoms.get_volume() ** (1 / 3)),
             "steps": optimizer.nsteps,

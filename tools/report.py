@@ -21,74 +21,20 @@ import torch
 
 import facet
 from tools import panels, physics
+from tools.evaluate import (
+    constant_baseline,
+    errors,
+    errors_by_group,
+    labels,
+    predict,
+    print_table,
+)
 from tools.frames import BadInput, load_model, load_sets, neighbours, sample
-from tools.labels import TABLE
 
 SAMPLE = 5000  # test structures, evenly spread, that stand for all in a large test set
-GROUPS = 20  # lines of groups at most
 
 
 # ─── Errors ──────────────────────────────────────────────────────────────────────────────────────
-
-
-def predict(model: facet.Facet, frames, batch_atoms: int = 256) -> list[dict]:
-    """Energy (eV), forces [N, 3] and stress [3, 3] (nan where there is no volume), in order.
-
-    Raises BadInput, with the frame's name, for broken geometry.
-    """
-    out = []
-    for start in range(0, len(frames), 1000):
-        some = [frames[i] for i in range(start, min(start + 1000, len(frames)))]
-        graphs = [neighbours(atoms, model.config) for atoms in some]
-        for atoms, results in zip(some, facet.evaluate(model, graphs, batch_atoms), strict=True):
-            out.append(complete(results, len(atoms)))
-    return out
-
-
-def complete(results: dict, atoms: int) -> dict:
-    """Results under ASE's names → every label, nan for what is missing; stress [3, 3]."""
-    return {label.name: label.array(results, atoms) for label in TABLE}
-
-
-def labels(atoms: ase.Atoms) -> dict:
-    """The labels of one frame, in the shapes of a prediction."""
-    return complete(atoms.calc.results, len(atoms))
-
-
-def errors(predictions: list[dict], frames) -> dict:
-    """MAE and RMSE of each label: energy (meV/atom), forces (eV/Å, over components), stress (GPa).
-
-    None where there are no labels, or no predictions of them.
-    """
-    table = {}
-    for label in TABLE:
-        differences = [[]]
-        for found, atoms in zip(predictions, frames, strict=True):
-            wanted = labels(atoms)[label.name]
-            difference = label.report.factor * (found.get(label.name, np.nan) - wanted)
-            if label.extensive:
-                difference = difference / len(atoms)
-            differences.append(difference.ravel())
-        known = np.concatenate(differences)
-        known = known[np.isfinite(known)]
-        mae = float(np.abs(known).mean()) if len(known) else None
-        rmse = float(np.sqrt((known**2).mean())) if len(known) else None
-        table[label.report.column(label.quantity, "mae")] = mae
-        table[label.report.column(label.quantity, "rmse")] = rmse
-    return table
-
-
-def errors_by_group(predictions: list[dict], frames) -> dict[str, dict]:
-    """The errors of each group that the files name, and "structures"; the largest groups first."""
-    members = {}
-    for i, atoms in enumerate(frames):
-        members.setdefault(atoms.info["group"], []).append(i)
-    table = {}
-    for group in sorted(members, key=lambda group: -len(members[group])):
-        rows = members[group]
-        found = errors([predictions[i] for i in rows], [frames[i] for i in rows])
-        table[group] = {"structures": len(rows), **found}
-    return table
 
 
 def force_errors(predictions: list[dict], frames) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -123,21 +69,6 @@ def errors_by_size(size: np.ndarray, error: np.ndarray) -> list[tuple[float, flo
 # ─── Baselines ───────────────────────────────────────────────────────────────────────────────────
 
 
-def constant_baseline(frames, config: facet.Config) -> list[dict]:
-    """What one energy per species alone predicts: no forces, no stress."""
-    E0 = dict(zip(config.species, config.reference_energies, strict=True))
-    predictions = []
-    for atoms in frames:
-        predictions.append(
-            {
-                "energy": sum(E0[symbol] for symbol in atoms.symbols),
-                "forces": np.zeros((len(atoms), 3)),
-                "stress": np.zeros((3, 3)),
-            }
-        )
-    return predictions
-
-
 class PairPotential:
     """One spline V(r) for all pairs, E = Σ E0 + ½ Σ_ij V(r_ij), fitted by least squares."""
 
@@ -153,7 +84,7 @@ class PairPotential:
         # the B-splines and their slopes at all distances
         r = torch.from_numpy(np.linalg.norm(graph.vectors, axis=1))  # [E]
         one = torch.ones_like(r)
-        value, slope = torch.func.jvp(self.spline.basis, (r,), (one,))  # [E, R] each
+        value, slope = torch.autograd.functional.jvp(self.spline.basis, (r,), (one,))  # [E, R] each
         pull = (slope / r[:, None]).numpy()[:, None] * graph.vectors[:, :, None]  # [E, 3, R]
 
         # sums over pairs
@@ -200,32 +131,6 @@ class PairPotential:
 
 
 # ─── Report ──────────────────────────────────────────────────────────────────────────────────────
-
-
-def table_line(name: str, table: dict) -> str:
-    """One line of the table of errors; – where there are no labels."""
-    cells = [f"  {name:34s}"]
-    for label in TABLE:
-        unit = label.report
-        mae = table[unit.column(label.quantity, "mae")]
-        rmse = table[unit.column(label.quantity, "rmse")]
-        cell = "–" if mae is None else f"{mae:.{unit.digits}f} ({rmse:.{unit.digits}f})"
-        cells.append(f"{cell:>{unit.width}s}")
-    return " ".join(cells)
-
-
-def print_table(rows: dict[str, dict], groups: dict[str, dict], structures: int) -> None:
-    """Facet and the baselines; a line for each group, where the files name several."""
-    titles = [f"{label.quantity} MAE (RMSE) {label.report.text}" for label in TABLE]
-    print(f"\n{structures} test structures               {'    '.join(titles)}")
-    for name, table in rows.items():
-        print(table_line(name, table))
-
-    if len(groups) > 1:
-        left_out = len(groups) - GROUPS
-        print("Facet, by group" + (f" ({left_out} smaller groups left out)" * (left_out > 0)))
-        for group, table in list(groups.items())[:GROUPS]:
-            print(table_line(f"{group or 'no group'} ({table['structures']})", table))
 
 
 def print_physics(found: dict) -> None:
@@ -289,7 +194,7 @@ def report(folder: str | Path) -> dict:
         rows["constant per species"] = errors(constant, test)
         if len(test) < len(everything):
             print(f"\n{len(test)} of the {len(everything)} test structures, evenly spread, count")
-        print_table(rows, groups, len(test))
+        print_table(f"{len(test)} test structures", rows, groups)
     else:
         print("\nThere is no test set, so no errors are given.")
 
