@@ -643,7 +643,8 @@ def test_two_processes_train_as_one(tmp_path):
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     texts = [process.communicate(timeout=120)[0] for process in processes]
     assert not any(process.returncode for process in processes), texts
-    assert "2 processes" in texts[0] and texts[1] == "", "only the first one speaks"
+    said = [re.sub(r"(?m)^\[Gloo\].*\n", "", text) for text in texts]  # torch 2.9 does
+    assert "2 processes" in said[0] and said[1] == "", "only the first one speaks"
     assert [path.name for path in (tmp_path / "two").iterdir()] == ["a"]
     (one, rows), (two, rows2) = (outcome(tmp_path / name / "a") for name in ("runs", "two"))
     for key in ("loss_energy", "loss_forces", "loss_stress", "gradient"):

@@ -189,7 +189,7 @@ def check(atoms: Atoms) -> Atoms:
                            f"again")
 
     periodic = atoms.cell.array[atoms.pbc]
-    if np.linalg.matrix_rank(periodic) < len(periodic):
+    if len(periodic) and np.linalg.matrix_rank(periodic) < len(periodic):
         raise BadInput(f"{source}: periodic, but its cell has no volume; remove the frame, or "
                        f"set its pbc to F F F")
     return atoms
