@@ -55,7 +55,7 @@ from torch.nn.functional import silu
 
 import facet
 import train_small
-from tools import batches, report
+from tools import batches, evaluate
 from tools.properties import IMPROPER, random_alloy
 
 # ─── Radial functions ────────────────────────────────────────────────────────────────────────────
@@ -483,7 +483,8 @@ def train(folder: Path, run: dict) -> dict:
             diverged = str(reason).split(", ")[0]
             return {**run, ENERGY: np.nan, FORCE: np.nan, "diverged": diverged}
     core_seconds = time.process_time() - start
-    return {**run, **report.errors(report.predict(model, test), test), "core_seconds": core_seconds}
+    errors = evaluate.errors(evaluate.predict(model, test), test)
+    return {**run, **errors, "core_seconds": core_seconds}
 
 
 def train_all(args, runs: list[dict], content: dict) -> None:

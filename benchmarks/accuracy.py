@@ -61,7 +61,7 @@ from common import (
 from summary import ERRORS, STRESS, accuracy, time_to_accuracy
 
 import facet
-from tools import report
+from tools import evaluate
 
 MODELS = {
     # the 64-channel model of the tables, MACE-MP-0 small, MACE-MP-0 medium
@@ -92,8 +92,8 @@ def training(data: Path, name: str, options: list[str]) -> dict:
     result["cpu_seconds"] = cpu_seconds
     result["tests"] = {}
     for label, frames in read_set(data, name)[1].items():
-        found = report.errors(report.predict(model, frames), frames)
-        constant = report.errors(report.constant_baseline(frames, model.config), frames)
+        found = evaluate.errors(evaluate.predict(model, frames), frames)
+        constant = evaluate.errors(evaluate.constant_baseline(frames, model.config), frames)
         atoms = float(np.mean(frames.atom_counts()))
         result["tests"][label] = {
             **found, "structures": len(frames), "atoms": atoms, "constant": constant}

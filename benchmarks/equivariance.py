@@ -56,7 +56,7 @@ from scipy.spatial.transform import Rotation
 
 import facet
 import train_small
-from tools import report
+from tools import evaluate
 from tools.properties import wigner
 
 # activation, grid_degree (0: its default)
@@ -103,7 +103,7 @@ def trained(name: str, data: Path, out: Path, steps: int) -> tuple[dict[int, fac
         facet.save(model, folder / "0.pt")
         nothing = train[:0]  # there is nothing to choose, so nothing to validate
         model, spent = train_small.train(model, train, nothing, settings, folder)
-        errors = report.errors(report.predict(model, test), test)
+        errors = evaluate.errors(evaluate.predict(model, test), test)
         result.write_text(json.dumps({**spent, **errors}))
 
     models = {}

@@ -18,7 +18,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from matplotlib.figure import Figure
 
 import facet
-from tools import emt, physics, report
+from tools import emt, evaluate, physics, report
 from tools.frames import read
 from tools.labels import labelled
 
@@ -127,7 +127,7 @@ def test_errors_by_size_go_by_the_size():
 
 def test_elements_and_sizes_add_up(crystals, model):
     frames = list(read([str(crystals)])[:20])
-    predictions = report.predict(model, frames)
+    predictions = evaluate.predict(model, frames)
     symbols, size, error = report.force_errors(predictions, frames)
     assert len(symbols) == len(size) == len(error) == sum(len(atoms) for atoms in frames)
     elements = report.errors_by_element(symbols, error)

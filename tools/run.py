@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 import facet
-from tools import report
+from tools import evaluate
 from tools.frames import BadInput, Frames, load_sets, print_to_stderr
 from tools.labels import LABELS, TABLE
 
@@ -303,7 +303,7 @@ class Log:
 
     def errors(self, model: facet.Facet) -> dict[str, float]:
         """MAE of each label on the watched frames; nan where there are no labels."""
-        found = report.errors(report.predict(model, self.watched), self.watched)
+        found = evaluate.errors(evaluate.predict(model, self.watched), self.watched)
         columns = {}
         for label in TABLE:
             mae = found[label.report.column(label.quantity, "mae")]
