@@ -71,7 +71,10 @@ from torch.nn.functional import embedding, pad, silu
 
 @dataclass(frozen=True)
 class Config:
-    """Everything needed to build the model; a checkpoint stores it beside the tensors."""
+    """Everything needed to build the model; a checkpoint stores it beside the tensors.
+
+    If you add a field, say in `upgrade` (§9) what it is for models that were saved without it.
+    """
 
     species: tuple[str, ...]    # chemical symbols the model knows, in the order of its tables
     cutoff: float = 5.0         # Å; atoms further apart do not see each other within one layer
@@ -98,6 +101,8 @@ class Config:
                    *self.reference_energies, *self.core)
         known = set(self.species) & atomic_numbers.keys() - {"X"}  # ASE's name for no element
         per_species = len(self.reference_energies), len(self.core)
+
+        # All conditions are evaluated, whatever the others say
         for wrong, sentence in (
                 (not np.isfinite(numbers).all(),
                  f"every number must be finite, but there are {numbers}"),
@@ -623,7 +628,9 @@ class NeighbourGrad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dphi, dY, dh):
-        """Derivatives of Σ grad_A·G·(dw·h + w·dh), where dw = dφ·Y + φ·dY.
+        """With sum(w, h) for NeighbourSum, the derivatives of
+
+            dφ·to_φ + dY·to_Y + dh·to_h = grad_A · [sum(dw, h) + sum(w, dh)],   dw = dφ·Y + φ·dY
 
         dphi, dY, dh are the gradients of to_phi, to_Y, to_h, of which some may be None.
         """
@@ -631,7 +638,7 @@ class NeighbourGrad(torch.autograd.Function):
         dphi = torch.zeros_like(phi) if dphi is None else dphi
         dY = torch.zeros_like(Y) if dY is None else dY
 
-        # dw·h has twice the terms of w·h; φ stands in the second half of them, Y in the first
+        # sum(dw, h): dw has twice the terms of w, φ in the second half of them, Y in the first
         two_phi = torch.cat([dphi, phi])  # [2·terms, N, B, L+1, K]
         two_Y = torch.cat([Y, dY])  # [2·terms, N, M, K]
         to_A = NeighbourSum.apply(two_phi, two_Y, h, *constants)
@@ -639,7 +646,7 @@ class NeighbourGrad(torch.autograd.Function):
         to_phi = to_phi[len(phi):]  # [terms, N, B, L+1, K]
         to_Y = to_Y[:len(Y)]  # [terms, N, M, K]
 
-        # w·dh
+        # sum(w, dh)
         if dh is not None:
             to_A = to_A + NeighbourSum.apply(phi, Y, dh, *constants)
             more = NeighbourGrad.apply(grad_A, phi, Y, dh, *constants, False)
@@ -975,7 +982,8 @@ class Facet(nn.Module):
 
         "energies" [N] eV, float64, is what forces and stress are made from. Any tensor [N, …] that
         is added here goes on to `evaluate` and to the calculator's results, split by crystal. ASE
-        hands it out when FacetCalculator.implemented_properties names it, too.
+        hands it out when FacetCalculator.implemented_properties names it, too. It is trained when
+        TABLE in tools/labels.py has a label of that name.
         """
         N, K = batch.src.shape
         B, L = self.config.groups, self.config.degree
@@ -1012,7 +1020,9 @@ class Facet(nn.Module):
 
         energy [S] eV, forces [N, 3] eV/Å, virial [S, 3, 3] eV, and stress [S, 3, 3] eV/Å³, its
         quotient by the volume (nan where there is none). One gradient, that for the r_ij, makes
-        them all. (An energy that is not made from r_ij, such as p·V, needs a virial of its own.)
+        them all. (An energy that is made from anything else, such as a pressure times the volume or
+        a second list of neighbours, needs gradient, forces and virial of its own, here and in
+        tools/lammps.py.)
 
             force_i = Σ_j ∂energy/∂r_ij − Σ_k ∂energy/∂r_ki,   because r_ij = x_j − x_i
             virial = Σ_ij r_ij ⊗ ∂energy/∂r_ij,   because a strain ε moves r_ij by ε r_ij

@@ -1,4 +1,5 @@
 """Tests of tools/report.py, tools/physics.py and tools/panels.py: numbers against loops by hand."""
+import copy
 import csv
 import io
 import json
@@ -363,3 +364,12 @@ def test_command_helps(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         runpy.run_path(report.__file__, run_name="__main__")
     assert end.value.code == 0 and "runs/NAME" in capsys.readouterr().out
+
+
+def test_dynamics_that_fly_apart_end_in_a_sentence_with_the_crystal(model):
+    """Of a model whose forces are far too large; the trained one is the control, in the report."""
+    wild = copy.deepcopy(model)
+    with torch.no_grad():
+        wild.readout.mul_(1e30)
+    with pytest.raises(physics.BadInput, match="^Cu4 in molecular dynamics of this model: "):
+        physics.energy_drift(wild, ase.build.bulk("Cu", cubic=True))

@@ -15,7 +15,7 @@ from ase.optimize import FIRE
 
 import facet
 from tools import emt
-from tools.frames import neighbours
+from tools.frames import BadInput, neighbours
 from tools.properties import conservation, reflection
 
 STEPS = 400  # of 1 fs, in molecular dynamics
@@ -83,7 +83,10 @@ def energy_drift(model: facet.Facet, atoms: ase.Atoms, kelvin: float = 300.0) ->
     """Total energy (meV/atom) over time (ps) in molecular dynamics without thermostat."""
     calculator = facet.FacetCalculator(model, device=next(model.parameters()).device)
     # half of what the atoms move with at first becomes potential energy
-    found = conservation(calculator, atoms, kelvin=2 * kelvin, steps=STEPS)
+    try:
+        found = conservation(calculator, atoms, kelvin=2 * kelvin, steps=STEPS)
+    except ValueError as error:  # of facet.find_neighbours, for atoms that have flown apart or met
+        raise BadInput(f"{atoms.symbols} in molecular dynamics of this model: {error}") from error
     table = {"kelvin": kelvin}
     for name, value in found.items():
         table[name] = np.asarray(value).tolist()
@@ -113,7 +116,10 @@ def relax_held_out(model: facet.Facet) -> dict:
         atoms = start.copy()
         atoms.calc = calculator
         optimizer = FIRE(FrechetCellFilter(atoms), logfile=None)
-        converged = optimizer.run(fmax=FMAX, steps=500)
+        try:
+            converged = optimizer.run(fmax=FMAX, steps=500)
+        except ValueError as error:
+            raise BadInput(f"{atoms.symbols}, relaxed by {name}: {error}") from error
         table[name] = {
             "lattice_constant_A": float(atoms.get_volume() ** (1 / 3)),
             "steps": optimizer.nsteps,
