@@ -54,7 +54,7 @@ TIMES = ("seconds", "structures_per_s")  # columns of metrics.csv that depend on
 
 @pytest.fixture(autouse=True, scope="module")
 def no_report():
-    """Training draws no report: tools/test_report.py tests that."""
+    """Training draws no report: tests/test_report.py tests that."""
     with mock.patch.object(train_small.report, "report", lambda folder: {}):
         yield
 
