@@ -101,6 +101,8 @@ class Config:
                    *self.reference_energies, *self.core)
         known = set(self.species) & atomic_numbers.keys() - {"X"}  # ASE's name for no element
         per_species = len(self.reference_energies), len(self.core)
+        by_default = 3 * self.degree if self.activation == "product" else 15 * self.degree // 2
+        exact_degree = self.grid_degree or by_default
 
         # All conditions are evaluated, whatever the others say
         for wrong, sentence in (
@@ -111,6 +113,8 @@ class Config:
                  f"not {self.species}"),
                 (min(self.layers, self.groups) < 1 or min(self.degree, self.grid_degree) < 0,
                  "layers and groups must be at least 1, degree and grid_degree at least 0"),
+                (exact_degree > 131, f"no Lebedev rule has degree {exact_degree}, the largest has "
+                 "131; lower degree or grid_degree"),
                 (self.splines < 4, f"splines must be at least 4, not {self.splines}"),
                 (self.channels < 1 or self.channels % max(1, self.groups),
                  f"channels ({self.channels}) must be a multiple of groups ({self.groups})"),
@@ -910,7 +914,7 @@ class SiluGrid(GridLayer):
     """
 
     def __init__(self, L: int, config: Config):
-        super().__init__(L, config.grid_degree or int(7.5 * L))
+        super().__init__(L, config.grid_degree or 15 * L // 2)
         C = config.channels
         self.W1 = Linear(L, C, C)
         self.W3 = Linear(L, C, C)
@@ -1071,8 +1075,8 @@ def save(model: Facet, path: str | Path, **more) -> None:
     A temporary file, safe on the disk, is renamed into place: path always holds the old checkpoint
     or the new one. Raises OSError when the disk is full or path cannot be written.
     """
-    content = {"facet": FORMAT, "config": asdict(model.config), "state": model.state_dict(),
-               "origin": model.origin, **more}
+    content = {**more, "facet": FORMAT, "config": asdict(model.config),
+               "state": model.state_dict(), "origin": model.origin}
     memory = io.BytesIO()  # errors of the disk should come from the disk, not from torch.save
     torch.save(content, memory)
 
@@ -1095,6 +1099,27 @@ def upgrade(content: dict) -> dict:
     return {"origin": {}, **content}
 
 
+def read_checkpoint(path: str | Path) -> dict:
+    """What `save` wrote, in the present format, on the CPU. Code in the file is not run.
+
+    Raises ValueError for a file that is no Facet checkpoint, or is of a newer format.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        number = content["facet"]
+        if number <= FORMAT:
+            content = upgrade(content)
+            for name in ("config", "state", "origin"):
+                content[name] = dict(content[name])
+    except Exception as error:
+        raise ValueError(f"{path} is not a Facet checkpoint, or it is damaged "
+                         f"({type(error).__name__})") from error
+    if number > FORMAT:
+        raise ValueError(f"{path}: is of format {number}, and this version of facet.py knows those "
+                         f"up to {FORMAT}; use a newer facet.py")
+    return content
+
+
 def untrained(kind: type, config: Config, dtype: torch.dtype) -> Facet:
     """A model whose weights will be replaced: the global random numbers stay as they are.
 
@@ -1114,27 +1139,14 @@ def load(path: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> 
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; train_small.py writes "
                                 "runs/<name>/model.pt")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        number = int(content["facet"])
-        if number <= FORMAT:
-            content = upgrade(content)
-            config = dict(content["config"])
-            state = dict(content["state"])
-    except Exception as error:
-        raise ValueError(f"{path} is not a Facet checkpoint, or it is damaged "
-                         f"({type(error).__name__})") from error
-    if number > FORMAT:
-        raise ValueError(f"{path}: is of format {number}, and this version of facet.py knows those "
-                         f"up to {FORMAT}; use a newer facet.py")
-
+    content = read_checkpoint(path)
     known = {field.name for field in fields(Config)}
-    for name in sorted(known ^ config.keys()):
+    for name in sorted(known ^ content["config"].keys()):
         what = "no field {}" if name in known else "a field {} that this version does not know"
         raise ValueError(f"{path}: has {what.format(name)}")
     try:
-        model = untrained(Facet, Config(**config), dtype)
-        model.load_state_dict(state)
+        model = untrained(Facet, Config(**content["config"]), dtype)
+        model.load_state_dict(content["state"])
     except (ValueError, RuntimeError) as error:  # torch names every tensor that does not fit
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
     model.origin = content["origin"]
@@ -1198,7 +1210,7 @@ class FacetCalculator(Calculator):
         if isinstance(model, Facet):
             self.model = untrained(type(model), model.config, dtype).to(device).eval()
             self.model.load_state_dict(model.state_dict())
-            self.model.origin = model.origin
+            self.model.origin = dict(model.origin)
         else:
             self.model = load(model, device, dtype)
         self.model.requires_grad_(False)
@@ -1207,8 +1219,9 @@ class FacetCalculator(Calculator):
         species = self.model.config.species
         self.shortest = np.zeros((len(species), len(species)))  # [Z, Z]
         for pair, distance in self.model.origin.get("shortest", {}).items():
-            i, j = (species.index(symbol) for symbol in pair.split("-"))
-            self.shortest[i, j] = self.shortest[j, i] = distance
+            if set(pair.split("-")) <= set(species):
+                i, j = (species.index(symbol) for symbol in pair.split("-"))
+                self.shortest[i, j] = self.shortest[j, i] = distance
 
     def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes):
         super().calculate(atoms, properties, system_changes)
@@ -1228,7 +1241,7 @@ class FacetCalculator(Calculator):
         e = close[0]
         i, j = i[e], j[e]
         one, other = self.model.config.species[i], self.model.config.species[j]
-        warnings.warn(f"{one} and {other} are {r[e]:.2f} Å apart, closer than ever in the training "
-                      f"data ({self.shortest[i, j]:.2f} Å): do not trust what Facet says of such "
-                      "structures", stacklevel=2)
-        self.shortest[:] = 0
+        seen = self.shortest[i, j]
+        self.shortest = np.zeros_like(self.shortest)  # no further warnings
+        warnings.warn(f"{one} and {other} are {r[e]:.2f} Å apart, closer than in the training data "
+                      f"({seen:.2f} Å): do not trust what Facet says of them", stacklevel=2)

@@ -414,7 +414,7 @@ def first_model(s: Settings, sets: dict[str, Frames], base: facet.Facet | None,
     if base:
         model.load_state_dict(base.state_dict())
     if resumed:
-        model.origin = resumed.get("origin", {})
+        model.origin = resumed["origin"]
     elif team.rank == 0:  # which alone saves
         model.origin = origin(command, sets, config, shortest, s.init, base)
     return model

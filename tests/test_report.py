@@ -5,6 +5,7 @@ import io
 import json
 import runpy
 import sys
+import warnings
 from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
@@ -337,7 +338,7 @@ def test_report_without_a_test_set_says_so(make_run, crystals, capsys, figure):
 
 @pytest.mark.parametrize("wrong, sentence", (
     ("nothing", "holds no checkpoint.pt of a training"),
-    ("damage", "checkpoint.pt: is damaged"),
+    ("damage", "is not a Facet checkpoint, or it is damaged"),
     ("no data", "nowhere.extxyz"),
 ))
 def test_bad_folder_ends_with_one_sentence(wrong, sentence, make_run):
@@ -364,6 +365,18 @@ def test_command_helps(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         runpy.run_path(report.__file__, run_name="__main__")
     assert end.value.code == 0 and "runs/NAME" in capsys.readouterr().out
+
+
+def test_physics_does_not_warn_of_close_atoms(model, crystals):
+    """A report may look at them; control: the calculator itself warns."""
+    near = copy.deepcopy(model)
+    near.origin = {"shortest": {f"{a}-{b}": 9.0 for a in emt.METALS for b in emt.METALS}}
+    atoms = read([str(crystals)])[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        physics.equivariance_error(near, [atoms])
+    with pytest.warns(UserWarning, match="closer than in the training data"):
+        facet.FacetCalculator(near, "cpu").get_forces(atoms)
 
 
 def test_dynamics_that_fly_apart_end_in_a_sentence_with_the_crystal(model):

@@ -1508,9 +1508,12 @@ def test_resume_refuses_what_it_cannot_use(tmp_path):
     (tmp_path / "a").mkdir()
     refused("holds no checkpoint.pt to go on from$")
     (tmp_path / "a" / "checkpoint.pt").write_bytes(b"rubbish")
-    refused("is damaged, or was written by another version")
+    refused("is not a Facet checkpoint, or it is damaged")
     facet.save(build(), tmp_path / "a" / "checkpoint.pt", settings={"speed": 3})
-    refused("is damaged, or was written by another version")
+    refused("was written by another version of train_small.py")
+    content = torch.load(tmp_path / "a" / "checkpoint.pt", weights_only=True)
+    torch.save({**content, "facet": facet.FORMAT + 1}, tmp_path / "a" / "checkpoint.pt")
+    refused("is of format 3, and this version of facet.py")
 
 
 def test_program_ends_with_a_sentence_not_a_traceback(tmp_path):

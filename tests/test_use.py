@@ -104,10 +104,14 @@ def test_broken_checkpoint_is_refused_in_one_sentence(tmp_path):
     whole = (tmp_path / "model.pt").read_bytes()
     torch.save({"state": build().state_dict()}, tmp_path / "no config")
     torch.save([1, 2], tmp_path / "list")
+    for name, origin in (("no origin", None), ("words", "by hand")):
+        model = copy.copy(build())
+        model.origin = origin
+        facet.save(model, tmp_path / name)
     (tmp_path / "empty").write_bytes(b"")
     (tmp_path / "truncated").write_bytes(whole[:len(whole) // 2])
     (tmp_path / "text").write_bytes(b"not a model\n")
-    for name in ("no config", "list", "empty", "truncated", "text"):
+    for name in ("no config", "list", "empty", "truncated", "text", "no origin", "words"):
         with pytest.raises(ValueError, match=f"{name} is not a Facet checkpoint") as error:
             facet.load(tmp_path / name)
         assert "\n" not in str(error.value)
@@ -159,7 +163,8 @@ def test_checkpoint_of_a_newer_format_is_refused(tmp_path):
 def test_origin_of_a_model_is_kept_and_close_atoms_are_warned_of_once(tmp_path):
     """Control: nothing is said of the distances of the training itself, or without an origin."""
     model = copy.deepcopy(build())
-    model.origin = {"command": "by hand", "shortest": {"Si-O": 1.6, "Cu-Cu": 2.0}}
+    model.origin = {"command": "by hand",
+                    "shortest": {"Si-O": 1.6, "Cu-Cu": 2.0, "Si-Xe": 9.0}}
     facet.save(model, tmp_path / "model.pt")
     assert facet.load(tmp_path / "model.pt").origin == model.origin
     far = Atoms("SiOCu", [[0, 0, 0], [0, 0, 1.6], [0, 1.1, 0]])
@@ -602,7 +607,8 @@ def test_cuda_gives_the_numbers_of_the_cpu(name, dtype, tol):
     ("one number per species", {"reference_energies": (1.0,)}),
     ("one number per species", {"core": (1.0,) * 4}),
     ("half the cutoff", {"core": (1.0, -0.1, 1.0)}), ("half the cutoff", {"core": (1.0, 1.0, 1.8)}),
-    ("no Lebedev rule", {"grid_degree": 132}),
+    ("no Lebedev rule", {"grid_degree": 132}), ("no Lebedev rule", {"degree": 44}),
+    ("no Lebedev rule", {"degree": 18, "activation": "silu"}),
 ), ids=str)
 def test_config_refuses_what_cannot_be_built(message, change):
     with pytest.raises(ValueError, match=message) as error:

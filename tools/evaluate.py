@@ -368,7 +368,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="atoms evaluated at a time, which bounds the memory (default %(default)s)",
     )
     parser.add_argument("--device", default="", help="default: cuda if there is one, else cpu")
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)  # options before FILE, too
 
     if args.batch_atoms < 1:
         parser.error(f"--batch_atoms {args.batch_atoms}: must be positive")

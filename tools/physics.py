@@ -33,6 +33,13 @@ def all_of_it(model: facet.Facet, some: list[ase.Atoms]) -> dict:
     }
 
 
+def calculator_of(model: facet.Facet, dtype: torch.dtype = torch.float32) -> facet.FacetCalculator:
+    """On the model's device, and silent about atoms that are close: here they may be."""
+    calculator = facet.FacetCalculator(model, next(model.parameters()).device, dtype)
+    calculator.shortest[:] = 0
+    return calculator
+
+
 def calmest(some: list[ase.Atoms], config: facet.Config) -> ase.Atoms:
     """The structure nearest to rest, periodic and dense if there is one, of at least 30 atoms.
 
@@ -81,7 +88,7 @@ def equation_of_state(model: facet.Facet, atoms: ase.Atoms) -> dict:
 
 def energy_drift(model: facet.Facet, atoms: ase.Atoms, kelvin: float = 300.0) -> dict:
     """Total energy (meV/atom) over time (ps) in molecular dynamics without thermostat."""
-    calculator = facet.FacetCalculator(model, device=next(model.parameters()).device)
+    calculator = calculator_of(model)
     # half of what the atoms move with at first becomes potential energy
     try:
         found = conservation(calculator, atoms, kelvin=2 * kelvin, steps=STEPS)
@@ -96,9 +103,8 @@ def energy_drift(model: facet.Facet, atoms: ase.Atoms, kelvin: float = 300.0) ->
 def equivariance_error(model: facet.Facet, some: list[ase.Atoms]) -> dict[str, list[float]]:
     """Forces of turned, mirrored structures against turned forces: largest error / force RMS."""
     found = {}
-    device = next(model.parameters()).device
     for dtype in (torch.float32, torch.float64):
-        calculator = facet.FacetCalculator(model, device=device, dtype=dtype)
+        calculator = calculator_of(model, dtype)
         name = str(dtype).removeprefix("torch.")
         found[name] = []
         for atoms in some:
@@ -111,7 +117,7 @@ def relax_held_out(model: facet.Facet) -> dict:
     """Relax an alloy that was not trained on with EMT and with Facet; compare the lattices."""
     start = emt.held_out_start()
     table = {"structure": f"{emt.HELD_OUT} (L1₂), strained and rattled"}
-    calculators = {"emt": EMT(), "facet": facet.FacetCalculator(model)}
+    calculators = {"emt": EMT(), "facet": calculator_of(model)}
     for name, calculator in calculators.items():
         atoms = start.copy()
         atoms.calc = calculator

@@ -162,10 +162,9 @@ def read_run(folder: Path) -> tuple[facet.Facet, SimpleNamespace]:
     if not path.is_file():
         raise BadInput(f"{folder}: holds no checkpoint.pt of a training")
     try:
-        settings = torch.load(path, map_location="cpu", weights_only=True)["settings"]
-    except Exception as error:
-        raise BadInput(f"{path}: is damaged ({type(error).__name__})") from error
-    settings = SimpleNamespace(**settings)
+        settings = SimpleNamespace(**facet.read_checkpoint(path)["settings"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path}: no checkpoint of a training: {error}") from error
     device = "cpu"
     if settings.device != "cpu" and torch.cuda.is_available():
         device = settings.device or "cuda"

@@ -379,7 +379,10 @@ def checkpoint(folder: Path, settings_class: type) -> dict:
         there = "" if folder.exists() else "; there is no such folder"
         raise BadInput(f"{folder}: holds no checkpoint.pt to go on from{there}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = facet.read_checkpoint(path)
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+    try:
         settings = content["settings"]
         for name in ("train", "valid", "test"):
             settings[name] = tuple(settings[name])
@@ -387,7 +390,7 @@ def checkpoint(folder: Path, settings_class: type) -> dict:
         facet.Config(**content["config"])
         return content
     except Exception as error:
-        raise BadInput(f"{path}: is damaged, or was written by another version of train_small.py "
+        raise BadInput(f"{path}: was written by another version of train_small.py "
                        f"({type(error).__name__})") from error
 
 
