@@ -159,16 +159,16 @@ def whole(tmp_path_factory) -> Path:
 
 def test_training_learns_and_writes_its_files(tmp_path):
     file_of(tmp_path, copper())
-    result, folder = run(tmp_path, steps=40), tmp_path / "runs" / "a"
+    result, folder = run(tmp_path, steps=60), tmp_path / "runs" / "a"
     log = metrics(folder)
-    assert [int(row["step"]) for row in log] == [*range(2, 41, 2)]
+    assert [int(row["step"]) for row in log] == [*range(3, 61, 3)]
     assert tuple(log[0]) == ("step", "seconds", "loss", "loss_energy", "loss_forces", "loss_stress",
                              "energy_mae_meV_per_atom", "force_mae_meV_per_A", "stress_mae_GPa",
                              "lr", "gradient", "structures_per_s")
     for name in ("loss", "force_mae_meV_per_A"):
         assert float(log[-1][name]) < 0.6 * float(log[0][name]), f"{name} did not fall"
     saved = json.loads((folder / "result.json").read_text())
-    assert saved == json.loads(json.dumps(result)) and saved["steps"] == 40
+    assert saved == json.loads(json.dumps(result)) and saved["steps"] == 60
     assert saved["settings"]["channels"] == 8 and saved["torch_threads"] == 1
     assert sum(saved["time"].values()) == pytest.approx(1) and min(saved["time"].values()) >= 0
     assert 0 <= saved["padding"] < 0.5
@@ -176,7 +176,7 @@ def test_training_learns_and_writes_its_files(tmp_path):
     assert sum(p.numel() for p in model.parameters()) == saved["parameters"]
     assert model.config == facet.Config(**saved["config"]) and model.config.species == ("Cu", "Au")
     content = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert content["step"] == 40
+    assert content["step"] == 60
     for name, averaged in content["averaged"].items():
         same(name, model.state_dict()[name], averaged, "exact")
     assert largest(content["state"]["embedding.W"], model.embedding.W)[0] > 1e-6, "no average"
@@ -643,7 +643,8 @@ def test_processes_neither_lose_nor_double_a_frame(tmp_path):
 PAIR = """
 import json, pathlib, sys
 import train_small
-from tools import physics
+from tools import panels, physics
+panels.draw = lambda *arguments: None  # pictures take longer than all the rest
 physics.STEPS = 2
 s = train_small.Settings(**json.loads(sys.argv[1]))
 if train_small.main(s, pathlib.Path(sys.argv[2])):  # the first process
@@ -670,7 +671,7 @@ def test_two_processes_train_as_one_and_need_no_test(tmp_path):
     assert not any(process.returncode for process in processes), texts
     said = [re.sub(r"(?m)^\[Gloo\].*\n", "", text) for text in texts]  # torch 2.9 does
     assert "2 processes" in said[0] and said[1] == "", "only the first one speaks"
-    assert said[0].splitlines()[-1] == "imported: []" and (tmp_path / "two/a/report.png").exists()
+    assert "test structures" in said[0] and said[0].splitlines()[-1] == "imported: []"
     assert [path.name for path in (tmp_path / "two").iterdir()] == ["a"]
     (one, rows), (two, rows2) = (outcome(tmp_path / name / "a") for name in ("runs", "two"))
     for key in ("loss_energy", "loss_forces", "loss_stress", "gradient"):
@@ -779,10 +780,10 @@ def test_statistics_do_not_see_validation_or_test(tmp_path):
             atoms.calc.results = {"energy": scale * -50.0, "forces": forces * scale}
         held = [(file_of(tmp_path, part, f"{first} {k}.extxyz"),)
                 for k, part in enumerate((others[:4], others[4:]))]
-        run(tmp_path, str(first), train=(train,), valid=held[0], test=held[1], steps=1)
+        run(tmp_path, str(first), train=(train,), valid=held[0], test=held[1], steps=1, cutoff=5.0)
         found.append(facet.load(tmp_path / str(first) / "a" / "model.pt").config)
     assert found[0] == found[1]
-    run(tmp_path, "control", train=held[0], valid=(train,), test=("0",), steps=1)
+    run(tmp_path, "control", train=held[0], valid=(train,), test=("0",), steps=1, cutoff=5.0)
     other = facet.load(tmp_path / "control" / "a" / "model.pt").config
     for name in ("reference_energies", "energy_scale", "first_knot", "mean_neighbours"):
         assert getattr(other, name) != getattr(found[0], name), name
@@ -1100,6 +1101,7 @@ def test_begun_from_a_model_on_other_data(base, tmp_path):
     ({"init": "nowhere.pt"}, "nowhere.pt: no such checkpoint"),
 ), ids=str)
 def test_settings_that_contradict_the_model_are_refused(change, message, base, tmp_path, capsys):
+    file_of(tmp_path, copper(2))
     words = ["--init", str(base), "--train", "x"]
     s, _ = train_small.parse([*words, "--cutoff", "3.2"])
     assert (s.cutoff, s.channels, s.layers) == (3.2, 8, 1), "those of the model"
@@ -1210,8 +1212,8 @@ def test_killed_run_resumes_to_the_last_bit(whole, tmp_path):
     for name, setting in SHORT.items():
         words += [f"--{name}", str(setting)]
     done = subprocess.run([sys.executable, "-c", KILLED, HERE / "train_small.py", *words],
-                          cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True)
+                          cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
     folder = tmp_path / "runs" / "a"
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert checkpoint(folder)["step"] == 3 and len(metrics(folder)) == 4
