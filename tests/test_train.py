@@ -640,49 +640,6 @@ def test_processes_neither_lose_nor_double_a_frame(tmp_path):
     assert not nothing.any() and not idle["count"].any(), "a process without a share counts"
 
 
-PAIR = """
-import json, pathlib, sys
-import train_small
-from tools import panels, physics
-panels.draw = lambda *arguments: None  # pictures take longer than all the rest
-physics.STEPS = 2
-s = train_small.Settings(**json.loads(sys.argv[1]))
-if train_small.main(s, pathlib.Path(sys.argv[2])):  # the first process
-    of_tests = ("pytest", "hypothesis", "test_facet", "tests")
-    print("imported:", [name for name in of_tests if name in sys.modules])
-"""
-
-
-def test_two_processes_train_as_one_and_need_no_test(tmp_path):
-    """As torchrun starts them: the same batches, so the same losses and the same steps. Neither the
-    training nor its report imports a test, or what only tests need."""
-    changes = {"batch_atoms": 30, "steps": 3, "layers": 2}
-    s = {**SHORT, **changes, "train": [file_of(tmp_path, copper())]}
-    run(tmp_path, **changes)
-    processes = []
-    for rank in range(2):
-        environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000),
-                       "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-        processes.append(subprocess.Popen(
-            [sys.executable, "-c", PAIR, json.dumps(s), tmp_path / "two"], env=environment,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    texts = [process.communicate(timeout=120)[0] for process in processes]
-    assert not any(process.returncode for process in processes), texts
-    said = [re.sub(r"(?m)^\[Gloo\].*\n", "", text) for text in texts]  # torch 2.9 does
-    assert "2 processes" in said[0] and said[1] == "", "only the first one speaks"
-    assert "test structures" in said[0] and said[0].splitlines()[-1] == "imported: []"
-    assert [path.name for path in (tmp_path / "two").iterdir()] == ["a"]
-    (one, rows), (two, rows2) = (outcome(tmp_path / name / "a") for name in ("runs", "two"))
-    for key in ("loss_energy", "loss_forces", "loss_stress", "gradient"):
-        same(key, float(rows2[0][key]) / float(rows[0][key]), 1.0, "float32")
-    for name in one:
-        same(name, two[name], one[name], "bfloat16")
-    run(tmp_path, "control", **changes, seed=1)
-    differ("weights of another seed", outcome(tmp_path / "control" / "a")[0]["embedding.W"],
-           one["embedding.W"])
-
-
 # ─── The trainer: statistics ─────────────────────────────────────────────────────────────────────
 
 def alloys(count: int = 9) -> list[Atoms]:
@@ -1187,35 +1144,105 @@ def test_model_without_free_weights_is_refused(tmp_path):
         train_small.train(model, frames, frames[:0], s, tmp_path)
 
 
-# ─── The trainer: runs that are stopped ──────────────────────────────────────────────────────────
+# ─── The trainer: processes ──────────────────────────────────────────────────────────────────────
 
-KILLED = """
-import os, runpy, signal, sys
-fsync, calls = os.fsync, []
+# What PyTorch imports takes longer than all the rest: so one process imports it, and forks
+PROCESSES = """
+import json, os, pathlib, runpy, signal, sys
+import torch
+import train_small
+from tools import panels, physics
 
-def killed(descriptor):
-    calls.append(1)
-    if len(calls) == 15:
-        os.kill(os.getpid(), signal.SIGKILL)
-    fsync(descriptor)
-os.fsync = killed
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
+short, changes, port, program = json.loads(sys.argv[1])
+torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # the first one imports much
+panels.draw = lambda *arguments: None
+physics.STEPS = 2
+
+def process(name, work):
+    if os.fork() == 0:
+        text = os.open(name + ".txt", os.O_CREAT | os.O_WRONLY)
+        os.dup2(text, 1)
+        os.dup2(text, 2)
+        work()
+        sys.exit()
+
+def killed():
+    fsync, calls = os.fsync, []
+
+    def until(descriptor):
+        calls.append(1)
+        if len(calls) == 15:
+            os.kill(os.getpid(), signal.SIGKILL)
+        fsync(descriptor)
+    os.fsync = until
+    sys.argv = [program, "--train", short["train"][0]]
+    for name, setting in short.items():
+        if name != "train":
+            sys.argv += ["--" + name, str(setting)]
+    runpy.run_path(program, run_name="__main__")
+
+def one_of_two(rank):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    s = train_small.Settings(**{**short, **changes})
+    if train_small.main(s, pathlib.Path("two")):  # the first one
+        of_tests = ("pytest", "hypothesis", "test_facet", "tests")
+        print("imported:", [name for name in of_tests if name in sys.modules])
+
+process("killed", killed)
+process("first", lambda: one_of_two(0))
+process("second", lambda: one_of_two(1))
+codes = [os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(3)]
+print(sorted(codes))
 """
+PAIR = {"batch_atoms": 30, "steps": 3, "layers": 2}
+needs_fork = pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
-def test_killed_run_resumes_to_the_last_bit(whole, tmp_path):
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory) -> Path:
+    """Where two processes have trained as torchrun starts them, in two/a, and where one that trains
+    by the command line was killed, in runs/a; what they said is in first.txt, second.txt and
+    killed.txt."""
+    folder = tmp_path_factory.mktemp("processes")
+    s = {**SHORT, "train": [file_of(folder, copper())]}
+    words = json.dumps([s, PAIR, 20000 + os.getpid() % 20000, str(HERE / "train_small.py")])
+    done = subprocess.run(
+        [sys.executable, "-c", PROCESSES, words], cwd=folder, capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}, timeout=120)
+    texts = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt"))]
+    assert done.stdout == "[-9, 0, 0]\n", (done.stdout, done.stderr, texts)
+    return folder
+
+
+@needs_fork
+def test_two_processes_train_as_one_and_need_no_test(processes, tmp_path):
+    """As torchrun starts them: the same batches, so the same losses and the same steps. Neither the
+    training nor its report imports a test, or what only tests need."""
+    file_of(tmp_path, copper())
+    run(tmp_path, **PAIR)
+    said = [(processes / name).read_text(encoding="utf-8") for name in ("first.txt", "second.txt")]
+    said = [re.sub(r"(?m)^\[Gloo\].*\n", "", text) for text in said]  # torch 2.9 does
+    assert "2 processes" in said[0] and said[1] == "", "only the first one speaks"
+    assert "test structures" in said[0] and said[0].splitlines()[-1] == "imported: []"
+    assert [path.name for path in (processes / "two").iterdir()] == ["a"]
+    (one, rows), (two, rows2) = outcome(tmp_path / "runs" / "a"), outcome(processes / "two" / "a")
+    for key in ("loss_energy", "loss_forces", "loss_stress", "gradient"):
+        same(key, float(rows2[0][key]) / float(rows[0][key]), 1.0, "float32")
+    for name in one:
+        same(name, two[name], one[name], "bfloat16")
+    run(tmp_path, "control", **PAIR, seed=1)
+    differ("weights of another seed", outcome(tmp_path / "control" / "a")[0]["embedding.W"],
+           one["embedding.W"])
+
+
+@needs_fork
+def test_killed_run_resumes_to_the_last_bit(whole, processes, tmp_path):
     """SIGKILL while the program writes the checkpoint of step 4: the metrics have that step
     already, and the checkpoint of step 3 is whole. What went before is not done again."""
-    words = ["--train", file_of(tmp_path, copper())]
-    for name, setting in SHORT.items():
-        words += [f"--{name}", str(setting)]
-    done = subprocess.run([sys.executable, "-c", KILLED, HERE / "train_small.py", *words],
-                          cwd=tmp_path, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
+    file_of(tmp_path, copper())
     folder = tmp_path / "runs" / "a"
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    shutil.copytree(processes / "runs" / "a", folder)
     assert checkpoint(folder)["step"] == 3 and len(metrics(folder)) == 4
     assert [path.name for path in folder.glob("*.part")] == ["checkpoint.pt.part"]
     with mock.patch.object(train_small, "losses", wraps=train_small.losses) as counted:
@@ -1224,6 +1251,8 @@ def test_killed_run_resumes_to_the_last_bit(whole, tmp_path):
     assert outcome(folder) == outcome(whole)
     assert len(metrics(folder)) == 8 and not list(folder.glob("*.part"))
 
+
+# ─── The trainer: runs that are stopped ──────────────────────────────────────────────────────────
 
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM), ids=("Ctrl-C", "batch system"))
 def test_run_told_to_stop_ends_its_step_and_resumes_to_the_last_bit(number, whole, tmp_path):
