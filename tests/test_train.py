@@ -475,7 +475,9 @@ def test_step_waits_once_for_the_device(tmp_path):
     frames = frames_of(tmp_path, copper(4))
     config, _ = train_small.statistics(frames, short())
     model = seeded(replace(config, layers=3, degree=2))
-    assert waits_of_a_step(model, frames, tmp_path) == ["tolist"]
+    small = seeded(config)
+    for one in (model, small):
+        assert waits_of_a_step(one, frames, tmp_path) == ["tolist"]
     losses = train_small.losses
     for read in (lambda parts: parts[0].item(), lambda parts: bool(parts[1] > 0),
                  lambda parts: parts[parts > 0], lambda parts: parts.nonzero(),
@@ -485,7 +487,7 @@ def test_step_waits_once_for_the_device(tmp_path):
             read(parts)
             return parts
         with mock.patch.object(train_small, "losses", reads):
-            assert len(waits_of_a_step(model, frames, tmp_path)) > 1, "a wait is not counted"
+            assert len(waits_of_a_step(small, frames, tmp_path)) > 1, "a wait is not counted"
 
 
 def test_average_of_the_weights_equals_that_by_hand(tmp_path):
@@ -1058,7 +1060,7 @@ def test_begun_from_a_model_on_other_data(base, tmp_path):
     ({"init": "nowhere.pt"}, "nowhere.pt: no such checkpoint"),
 ), ids=str)
 def test_settings_that_contradict_the_model_are_refused(change, message, base, tmp_path, capsys):
-    file_of(tmp_path, copper(2))
+    file_of(tmp_path, copper())
     words = ["--init", str(base), "--train", "x"]
     s, _ = train_small.parse([*words, "--cutoff", "3.2"])
     assert (s.cutoff, s.channels, s.layers) == (3.2, 8, 1), "those of the model"
@@ -1151,11 +1153,11 @@ PROCESSES = """
 import json, os, pathlib, runpy, signal, sys
 import torch
 import train_small
-from tools import panels, physics
+from tools import frames, panels, physics
 
 short, changes, port, program = json.loads(sys.argv[1])
 torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # the first one imports much
-panels.draw = lambda *arguments: None
+frames.look_at = panels.draw = lambda *arguments: None
 physics.STEPS = 2
 
 def process(name, work):
