@@ -1336,7 +1336,7 @@ def check_training(name: str, capsys) -> None:
     """It is learned; the log, the report and the program's sentences know it."""
     import facet
     import train_small
-    from tools import panels, physics
+    from tools import frames, panels, physics
     s = train_small.Settings(
         train=("new.extxyz",), valid=("valid.extxyz",), test=("valid.extxyz",), name="new",
         steps=40, lr=0.02, muon_lr=0.04, batch_atoms=16, threads=1, workers=0, **SMALL,
@@ -1349,15 +1349,17 @@ def check_training(name: str, capsys) -> None:
         out = forward(self, *arguments, **more)
         del out[name]
         return out
-    with mock.patch.object(facet.Facet, "forward", without):
+    with mock.patch.object(facet.Facet, "forward", without), \
+            mock.patch.object(frames, "look_at"):
         message = f"{name} is a label, but the model has no output {name} .*$"
         with pytest.raises(train_small.BadInput, match=message):
             train_small.main(s)
     assert not Path("runs/new").exists()
 
-    # Pictures take longer than all the rest
+    # Pictures and suspicions take longer than all the rest
     capsys.readouterr()
-    with mock.patch.object(panels, "draw"), mock.patch.object(physics, "STEPS", 2):
+    with mock.patch.object(panels, "draw"), mock.patch.object(frames, "look_at"), \
+            mock.patch.object(physics, "STEPS", 2):
         result = train_small.main(s)
     lines = capsys.readouterr().out.splitlines()
 
