@@ -603,13 +603,17 @@ class NeighbourGrad(torch.autograd.Function):
     """Derivatives of Σ grad_A · A with respect to φ, Y and, where it is needed, h."""
 
     @staticmethod
-    def forward(ctx, grad_A, phi, Y, h, index, G, degree, needs_h):
-        """Shapes as in NeighbourSum."""
+    def forward(ctx, grad_A, phi, Y, h, index, G, degree, needs_h, fixed=0):
+        """Shapes as in NeighbourSum.
+
+        The first `fixed` terms of φ and the last of Y are constants: their gradient stays 0.
+        """
         ctx.save_for_backward(grad_A, phi, Y, h, index, G, degree)
         ctx.set_materialize_grads(False)
         M, X = Y.shape[2], h.shape[1]
         to_phi = phi.new_zeros(phi.shape)
-        to_Y = torch.empty_like(Y)
+        to_Y = Y.new_zeros(Y.shape)
+        last = len(Y) - fixed
         to_h = h.new_zeros(h.shape) if needs_h else None
 
         for n in chunks(index, X + M):
@@ -620,8 +624,8 @@ class NeighbourGrad(torch.autograd.Function):
 
             # What a neighbour's weight w is worth, and φ and Y in it
             worth = torch.bmm(D.mT, embedding(at, h).mT).view_as(radial[0])  # [n, b, M, K]
-            to_phi[:, n].index_add_(3, degree, worth * y)  # [terms, n, b, L+1, K]
-            torch.sum(worth * radial, 2, out=to_Y[:, n])  # [terms, n, M, K]
+            to_phi[fixed:, n].index_add_(3, degree, worth * y[fixed:])  # [terms, n, b, L+1, K]
+            torch.sum(worth * radial[:last], 2, out=to_Y[:last, n])  # [terms, n, M, K]
 
             # What its features are worth
             if needs_h:
@@ -646,7 +650,8 @@ class NeighbourGrad(torch.autograd.Function):
         two_phi = torch.cat([dphi, phi])  # [2·terms, N, B, L+1, K]
         two_Y = torch.cat([Y, dY])  # [2·terms, N, M, K]
         to_A = NeighbourSum.apply(two_phi, two_Y, h, *constants)
-        to_phi, to_Y, to_h = NeighbourGrad.apply(grad_A, two_phi, two_Y, h, *constants, True)
+        to_phi, to_Y, to_h = NeighbourGrad.apply(
+            grad_A, two_phi, two_Y, h, *constants, True, len(phi))
         to_phi = to_phi[len(phi):]  # [terms, N, B, L+1, K]
         to_Y = to_Y[:len(Y)]  # [terms, N, M, K]
 
@@ -656,7 +661,7 @@ class NeighbourGrad(torch.autograd.Function):
             more = NeighbourGrad.apply(grad_A, phi, Y, dh, *constants, False)
             to_phi = to_phi + more[0]
             to_Y = to_Y + more[1]
-        return to_A, to_phi, to_Y, to_h, None, None, None, None
+        return to_A, to_phi, to_Y, to_h, None, None, None, None, None
 
 
 class Density(nn.Module):
