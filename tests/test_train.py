@@ -1461,7 +1461,7 @@ def ends(f) -> tuple[list, list]:
         outside, inside = [least - step], [least]
     else:
         outside, inside = [f.metadata["above"]], [f.metadata["above"] + step]
-    last = {"ema": (1.0, 1 - 1e-9), "seed": (2 ** 63, 2 ** 63 - 1)}
+    last = {"ema": (1.0, 1 - 1e-9), "seed": (2 ** 63, 2 ** 63 - 1), "degree": (44, 43)}
     beyond, largest = last.get(f.name, (float("inf"), 10 ** 6))
     return [*outside, beyond, float("inf"), float("nan")], [*inside, type(f.default)(largest)]
 
