@@ -457,6 +457,19 @@ def test_two_at_once_do_not_hurt_each_other(example, tmp_path):
     assert_holds(out, wanted)
 
 
+def test_database_that_another_process_has_just_begun_is_refused(example, tmp_path, capsys):
+    """Its tables are there, ASE's version is not yet in them."""
+    out = tmp_path / "a.db"
+    with sqlite3.connect(out) as begun:
+        begun.execute("CREATE TABLE systems (id INTEGER)")
+        begun.execute("CREATE TABLE information (name TEXT, value TEXT)")
+    begun.close()
+    assert database.main([str(example[0]), str(out)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {out}: another process is writing into it") and said[-1] == "\n"
+    assert said.count("\n") == 1
+
+
 def test_others_wait_from_the_look_at_the_metadata_on(example, tmp_path, monkeypatch):
     """Nobody can write between the look at what is there and the writing."""
     path, _ = example

@@ -58,7 +58,11 @@ class Writer:
     def __init__(self, path: str, names: Names):
         """Open a database, or begin one. Raises BadInput if it is not of this kind."""
         self.path = path
-        self.known = connect(path).metadata.get("facet")  # as this process found or wrote it
+        try:
+            self.known = connect(path).metadata.get("facet")  # as this process found or wrote it
+        except TypeError as error:  # of ASE, where another process is about to fill new tables
+            raise BadInput(f"{path}: another process is writing into it, or was killed when it had "
+                           f"just begun; wait, or remove the file") from error
         if self.known is None and connect(path).count():
             raise BadInput(f"{path}: is a database that this command has not made; give another "
                            f"name for the result")
