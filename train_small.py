@@ -238,6 +238,7 @@ def train(model: facet.Facet, frames: Frames, valid: Frames, s: Settings, folder
         restore(resumed, model, averaged, optimisers, p)
     first = p.step
     engine = torch.nn.parallel.DistributedDataParallel(model) if team.size > 1 else model
+    trained = [weights for weights in model.parameters() if weights.requires_grad]
     stream = iter(loader(samples, islice(batches, first, None), s.workers, device.type == "cuda"))
 
     # Only the first process writes
@@ -257,9 +258,10 @@ def train(model: facet.Facet, frames: Frames, valid: Frames, s: Settings, folder
             weights = loss_weights(s, p.share)  # [3]
             loss = sum(weight * part for weight, part in zip(weights, parts))
 
-            # Backward; DistributedDataParallel takes the mean over processes, and we want the sum
+            # Backward, for the weights alone and not for the positions of the atoms, too.
+            # DistributedDataParallel takes the mean over processes, and we want the sum
             model.zero_grad()
-            (team.size * loss).backward()
+            (team.size * loss).backward(inputs=trained)
             gradient = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             *parts, gradient, seconds, stop = team.agree(
                 parts, gradient, p.seconds(), len(interrupted))
