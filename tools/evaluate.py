@@ -21,7 +21,6 @@ from pathlib import Path
 import ase
 import ase.io
 import numpy as np
-import torch
 
 import facet
 from tools.frames import (
@@ -50,6 +49,7 @@ from tools.labels import (
     read_labels,
     word,
 )
+from tools.options import add_evaluation, check_evaluation
 from tools.sets import Frames, InMemory, made_here, together
 
 PORTION = 1000  # frames whose neighbours are in memory at a time
@@ -361,28 +361,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="write all frames with the model's labels here; refused if the file exists",
     )
     add_names(parser)
-    parser.add_argument(
-        "--batch_atoms",
-        type=int,
-        default=256,
-        help="atoms evaluated at a time, which bounds the memory (default %(default)s)",
-    )
-    parser.add_argument("--device", default="", help="default: cuda if there is one, else cpu")
+    add_evaluation(parser)
     args = parser.parse_intermixed_args(arguments)  # options before FILE, too
 
-    if args.batch_atoms < 1:
-        parser.error(f"--batch_atoms {args.batch_atoms}: must be positive")
+    check_evaluation(parser, args)
     if args.out and not args.files:
         parser.error(f"--out {args.out}: there are no frames to write; name files after the model")
     if args.out and args.out.suffix != ".extxyz":
         parser.error(f"--out {args.out}: the output is extended XYZ; name it something.extxyz")
     if args.out and not args.out.parent.is_dir():
         parser.error(f"--out {args.out}: there is no folder {args.out.parent}")
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError):
-        parser.error(f"--device {args.device}: PyTorch has no such device here; try --device cpu")
     return args
 
 

@@ -1,14 +1,17 @@
-"""Options of train_small.py: how one is declared and checked; those that follow another table.
+"""Options of train_small.py that follow another table; those of all commands that evaluate a model.
 
 facet.Config has the defaults of the model and checks it, tools/labels.py names the labels. So
 neither is said twice.
 """
 from __future__ import annotations
 
+import argparse
 import math
 from dataclasses import Field, field
 from numbers import Real
 from typing import TYPE_CHECKING
+
+import torch
 
 import facet
 from tools.frames import BadInput
@@ -87,3 +90,22 @@ def taken_from(config: facet.Config, init: str, given: dict) -> dict:
         if given.get(name, value) != value:
             raise BadInput(f"--{name} {given[name]}: the model {init} has {value}; leave it out")
     return own
+
+
+def add_evaluation(parser: argparse.ArgumentParser) -> None:
+    """--batch_atoms and --device."""
+    parser.add_argument(
+        "--batch_atoms", type=int, default=256,
+        help="atoms evaluated at a time, which bounds the memory (default %(default)s)")
+    parser.add_argument("--device", default="", help="default: cuda if there is one, else cpu")
+
+
+def check_evaluation(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End the program, with one sentence, if they cannot be; the device gets its name."""
+    if args.batch_atoms < 1:
+        parser.error(f"--batch_atoms {args.batch_atoms}: must be positive")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError):
+        parser.error(f"--device {args.device}: PyTorch has no such device here; try --device cpu")

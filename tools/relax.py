@@ -20,7 +20,6 @@ from pathlib import Path
 import ase
 import ase.io
 import numpy as np
-import torch
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.optimize import FIRE
 from ase.stress import voigt_6_to_full_3x3_stress
@@ -28,6 +27,7 @@ from scipy.linalg import expm, expm_frechet
 
 import facet
 from tools.frames import BadInput
+from tools.options import add_evaluation, check_evaluation
 
 # ─── The relaxation of one crystal ───────────────────────────────────────────────────────────────
 
@@ -236,32 +236,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--fmax", type=float, default=0.02, help="eV/Å (default %(default)s)")
     parser.add_argument("--steps", type=int, default=500, help="at most (default %(default)s)")
     parser.add_argument("--no-cell", action="store_true", help="keep the lattice vectors")
-    parser.add_argument(
-        "--batch_atoms",
-        type=int,
-        default=256,
-        help="atoms evaluated at a time, which bounds the memory (default %(default)s)",
-    )
-    parser.add_argument("--device", default="", help="default: cuda if there is one, else cpu")
+    add_evaluation(parser)
     args = parser.parse_args(arguments)
 
     if not args.fmax > 0:
         parser.error(f"--fmax {args.fmax:g}: must be positive")
     if args.steps < 0:
         parser.error(f"--steps {args.steps}: must not be negative")
-    if args.batch_atoms < 1:
-        parser.error(f"--batch_atoms {args.batch_atoms}: must be positive")
+    check_evaluation(parser, args)
     if args.output.suffix != ".extxyz":
         parser.error(f"{args.output}: the output is extended XYZ; name it something.extxyz")
     if not args.output.parent.is_dir():
         parser.error(f"{args.output}: there is no folder {args.output.parent}")
     if args.output.resolve() == args.input.resolve():
         parser.error(f"{args.output}: is the input, which would be lost")
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError):
-        parser.error(f"--device {args.device}: PyTorch has no such device here; try --device cpu")
     return args
 
 
