@@ -13,13 +13,11 @@ model says of the first frames is printed.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import ase
-import ase.io
 import numpy as np
 
 import facet
@@ -36,6 +34,7 @@ from tools.frames import (
     names_in,
     neighbours,
     what_there_is,
+    write_whole,
 )
 from tools.labels import (
     LABELS,
@@ -263,15 +262,8 @@ def largest(value: np.ndarray) -> float:
 
 
 def write(path: Path, frames: Frames, predictions: list[dict]) -> None:
-    """The frames with the model's labels, as extended XYZ: a part file that is renamed when it is
-    whole."""
-    some = [relabelled(*both) for both in zip(frames, predictions, strict=True)]
-    part = path.with_name(f"{path.name}.part")
-    try:
-        ase.io.write(part, some, format="extxyz")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    """The frames with the model's labels, as extended XYZ."""
+    write_whole(path, [relabelled(*both) for both in zip(frames, predictions, strict=True)])
 
 
 def relabelled(atoms: ase.Atoms, found: dict) -> ase.Atoms:

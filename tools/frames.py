@@ -288,6 +288,16 @@ def read(patterns: Sequence[str], names: Names = USUAL, without: Sequence[str] =
     return gather_files(paths, names, without, say)
 
 
+def write_whole(path: Path, crystals: Sequence[Atoms]) -> None:
+    """Extended XYZ: a part file, renamed into place once it is whole."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        ase.io.write(part, crystals, format="extxyz")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 # ─── Training, validation, test ───────────────────────────────────────────────────────────────────
 
 

@@ -12,7 +12,6 @@ forces and stress, and with `steps` and `converged` in each frame's first line. 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -26,7 +25,7 @@ from ase.stress import voigt_6_to_full_3x3_stress
 from scipy.linalg import expm, expm_frechet
 
 import facet
-from tools.frames import BadInput
+from tools.frames import BadInput, write_whole
 from tools.options import add_evaluation, check_evaluation
 
 # ─── The relaxation of one crystal ───────────────────────────────────────────────────────────────
@@ -181,18 +180,13 @@ def read(path: Path) -> list[ase.Atoms]:
 
 
 def write(path: Path, crystals: list[ase.Atoms]) -> None:
-    """Extended XYZ: a part file, renamed into place once it is whole."""
+    """The crystals and their results, as extended XYZ."""
     for atoms in crystals:
         # what the input file said under the same names would be in the way
         for name in atoms.calc.results if atoms.calc else ():
             atoms.info.pop(name, None)
             atoms.arrays.pop(name, None)
-    part = path.with_name(f"{path.name}.part")
-    try:
-        ase.io.write(part, crystals, format="extxyz")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(path, crystals)
 
 
 def show_progress(step: int, moving: int) -> None:
