@@ -1164,6 +1164,7 @@ def evaluate(model: Facet, crystals: list[Neighbours], batch_atoms: int = 256) -
 
     energy and free_energy (the same, eV), energies [N] (eV), forces [N, 3] (eV/Å), and, where the
     cell spans space, stress [6] (eV/Å³, Voigt). Batches of about batch_atoms bound the memory.
+    Raises MemoryError if a batch does not fit on the GPU.
     """
     results = [{} for _ in crystals]
     sizes = np.array([len(crystal.species) for crystal in crystals], int)  # [S]
@@ -1180,8 +1181,13 @@ def evaluate(model: Facet, crystals: list[Neighbours], batch_atoms: int = 256) -
         batch = make_batch(several, model.config.cutoff, weights.dtype).to(weights.device)
         ends = np.cumsum(sizes[group])
 
-        with torch.autocast(weights.device.type, enabled=False):
-            out = model(batch)
+        try:
+            with torch.autocast(weights.device.type, enabled=False):
+                out = model(batch)
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(f"{len(batch.species)} atoms at once need more memory than "
+                              f"{weights.device} has left; lower batch_atoms, or take a smaller "
+                              "crystal") from error
         for name, values in out.items():
             values = values.double().cpu().numpy()  # [S, …] or [N, …]
             parts = values if name in PER_CRYSTAL else np.split(values, ends[:-1])

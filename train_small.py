@@ -55,6 +55,7 @@ from tools.options import (
     setting,
     taken_from,
 )
+from tools.replay import ReplayedGradient
 from tools.run import (
     ALONE,
     Log,
@@ -63,6 +64,7 @@ from tools.run import (
     checkpoint,
     device_of,
     duration,
+    filled,
     interruptible,
     introduce,
     new_folder,
@@ -241,6 +243,20 @@ def train(model: facet.Facet, frames: Frames, valid: Frames, s: Settings, folder
     trained = [weights for weights in model.parameters() if weights.requires_grad]
     stream = iter(loader(samples, islice(batches, first, None), s.workers, device.type == "cuda"))
 
+    def gradient_of(batch: facet.Batch, target: dict) -> torch.Tensor:
+        """The losses, [3]; the gradient of their weighted sum goes to .grad of the weights."""
+        out = engine(batch, differentiable=True)
+        parts = losses(out, target, target["count"], model.config.energy_scale, s.huber)  # [3]
+
+        # For the weights alone and not for the positions of the atoms, too.
+        # DistributedDataParallel takes the mean over processes, and we want the sum
+        model.zero_grad()
+        (team.size * (target["weights"] * parts).sum()).backward(inputs=trained)
+        return parts.detach()
+
+    if device.type == "cuda" and team.size == 1:
+        gradient_of = ReplayedGradient(gradient_of, model)
+
     # Only the first process writes
     log = Log(folder, valid, resumed["log"] if resumed else 0) if team.rank == 0 else None
     kept = {"settings": asdict(s), "data": frames.fingerprint()}  # in every checkpoint
@@ -250,18 +266,12 @@ def train(model: facet.Facet, frames: Frames, valid: Frames, s: Settings, folder
 
     with interruptible() as interrupted:
         while p.share < 1:
-            # Forward: a loss for each label
+            # Losses, and their gradient
             rows, batch, target = fetch(stream, device, p)
-            count = team.sum(target["count"].clone())  # [3]
-            out = engine(batch, differentiable=True)
-            parts = losses(out, target, count, model.config.energy_scale, s.huber)  # [3]
             weights = loss_weights(s, p.share)  # [3]
-            loss = sum(weight * part for weight, part in zip(weights, parts))
-
-            # Backward, for the weights alone and not for the positions of the atoms, too.
-            # DistributedDataParallel takes the mean over processes, and we want the sum
-            model.zero_grad()
-            (team.size * loss).backward(inputs=trained)
+            target["weights"] = filled(weights, device)  # [3]
+            target["count"] = team.sum(target["count"])  # [3]
+            parts = gradient_of(batch, target)  # [3]
             gradient = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             *parts, gradient, seconds, stop = team.agree(
                 parts, gradient, p.seconds(), len(interrupted))
@@ -371,6 +381,11 @@ def train_and_report(s: Settings, out: Path, resume: Path | None, command: str, 
         raise BadInput(f"{folder}: cannot be written ({error.strerror or error}). What was saved "
                        "before is whole; when that is mended, go on with: python train_small.py "
                        f"--resume {folder}") from error
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        atoms = s.batch_atoms or ten_structures(sets["train"])
+        raise BadInput(f"{folder}: a step needs more memory than {device} has left; begin a new "
+                       f"run with a --batch_atoms below {atoms}, or with fewer --channels"
+                       ) from error
     if team.rank:
         return {}
 

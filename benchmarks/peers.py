@@ -66,7 +66,7 @@ class Peer:
 
 
 class Facet(Peer):
-    """The default model."""
+    """The default model; "replayed": on a GPU, its calls as tools.replay does them."""
 
     def __init__(self, variant: str, symbols: list[str], device: str, folder: Path):
         import facet
@@ -74,13 +74,18 @@ class Facet(Peer):
         self.facet = facet
         self.device = device
         self.use(facet.Facet(facet.Config(tuple(symbols), cutoff=CUTOFF)).to(device))
+        self.call = self.model
+        if variant:
+            from tools.replay import Replayed
+
+            self.call = Replayed(self.model)
 
     def graph(self, crystals: list[Atoms]):
         neighbours = [self.facet.find_neighbours(atoms, self.model.config) for atoms in crystals]
         return self.facet.make_batch(neighbours, CUTOFF).to(self.device)
 
     def evaluate(self, graph) -> tuple:
-        out = self.model(graph)
+        out = self.call(graph)
         return out["energy"], out["forces"], out["stress"]
 
     def predict(self, graph) -> tuple:
@@ -88,7 +93,9 @@ class Facet(Peer):
         return out["energy"].float(), out["forces"]
 
     def calculator(self):
-        return self.facet.FacetCalculator(self.model, self.device)
+        made = self.facet.FacetCalculator(self.model, self.device)
+        made.model = self.call
+        return made
 
 
 class Mace(Peer):
@@ -344,6 +351,13 @@ def peak(device: str) -> float:
     return peak_GB()
 
 
+def limit(device: str) -> float:
+    """GB that a process may hold."""
+    if device == "cuda":
+        return 0.9 * torch.cuda.get_device_properties(0).total_memory / 1e9
+    return 16.0
+
+
 class Worker:
     """Answers requests; what a request needs is prepared when it differs from the last one."""
 
@@ -358,6 +372,7 @@ class Worker:
         self.about = {
             "parameters": sum(p.numel() for p in self.peer.trainable),
             "ready_GB": peak(args.device),
+            "limit_GB": limit(args.device),
             "versions": versions("torch", "ase", *self.peer.packages),
         }
 

@@ -241,8 +241,8 @@ def count_bugs() -> int:
 
 
 @cache
-def row_without_bugs(row: str) -> Row:
-    return guard_row(row)
+def row_without_bugs(row: str, device: str = "cpu") -> Row:
+    return guard_row(row, device)
 
 
 @pytest.mark.parametrize("row", (*PROPERTIES, *PARTS))

@@ -163,7 +163,7 @@ def features(model, atoms: Atoms) -> dict:
     for t, layer in enumerate(model.layers):
         for part in ("density", "mix", "skip", "grid"):
             def keep(module, inputs, output, key=(t, part)):
-                found[key] = output.detach().numpy()[:len(atoms)]
+                found[key] = as_numpy(output)[:len(atoms)]
             hooks.append(getattr(layer, part).register_forward_hook(keep))
     outputs(model, atoms)
     for hook in hooks:
@@ -184,7 +184,7 @@ SMALL = Atoms("SiO", [[0, 0, 0], [1.4, 1.1, 1.3]],
 def ladder(model, atoms: Atoms, derivatives: bool = False) -> dict[str, float]:
     """Every stage of the model against reference_numpy.py: the largest error of each, over the
     largest value of the stage or 1. Forces and stress (slow) if `derivatives`."""
-    state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    state = {name: as_numpy(tensor) for name, tensor in model.state_dict().items()}
     crystal = (asdict(model.config), state, [*atoms.symbols],
                atoms.positions, atoms.cell.array, atoms.pbc)
     want = reference_numpy.evaluate(*crystal)
@@ -200,7 +200,7 @@ def ladder(model, atoms: Atoms, derivatives: bool = False) -> dict[str, float]:
     steps = {"edges": largest(edges[order], wanted[other])[0]}
     if steps["edges"]:
         return steps  # the rest cannot be compared
-    r = torch.from_numpy(vectors[order])  # [E, 3]
+    r = torch.from_numpy(vectors[order]).to(model.E0.device)  # [E, 3]
     phi = model.splines(r.norm(dim=1)).reshape(want["phi"].shape)
     Y = facet.harmonics(r / r.norm(dim=1, keepdim=True), model.config.degree)
     steps["vectors"] = largest(r, want["vectors"][other])[0]
@@ -232,6 +232,10 @@ def weight_slope(model, batch, of: str, seed: int = 0, step: float = 1e-6) -> fl
     direction = [torch.randn(w.shape, dtype=w.dtype, generator=generator) for w in weights]
     factors = torch.randn(model(batch)[of].shape, dtype=torch.float64, generator=generator)
 
+    # The same numbers on any device
+    direction = [d.to(batch.vectors.device) for d in direction]
+    factors = factors.to(batch.vectors.device)
+
     def total(differentiable=False):
         return (factors * model(batch, differentiable=differentiable)[of]).sum()
 
@@ -258,7 +262,7 @@ def empty_places(model, atoms: Atoms) -> float:
     """Places beyond the cutoff, as padding has them, add nothing to energies and forces. eV/Å."""
     batch = batch_of(model, atoms)
     N = len(batch.species)
-    itself = torch.arange(N)[:, None].expand(N, 5)  # [N, 5]
+    itself = torch.arange(N, device=batch.src.device)[:, None].expand(N, 5)  # [N, 5]
     beyond = batch.vectors.new_tensor([0, 2 * model.config.cutoff, 0]).expand(N, 5, 3)  # [N, 5, 3]
     wider = batch._replace(
         src=torch.cat([batch.src, itself], 1),  # [N, K+5]
@@ -387,13 +391,13 @@ GUARD = {"cutoff": 5.0, "channels": 32, "groups": 8, "splines": 24, "mean_neighb
 WIDE_CORE = (1.3, 1.2, 1.1)  # Å; the crystals below have atoms within each other's core
 
 
-def guard_calculator() -> facet.FacetCalculator:
-    return facet.FacetCalculator(build(**GUARD), device="cpu", dtype=torch.float64)
+def guard_calculator(device: str = "cpu") -> facet.FacetCalculator:
+    return facet.FacetCalculator(build(**GUARD), device, torch.float64)
 
 
-def ladder_row() -> Row:
+def ladder_row(device: str) -> Row:
     name = "equals reference_numpy.py"
-    model = build(**{**GUARD, "core": WIDE_CORE})
+    model = copy.deepcopy(build(**{**GUARD, "core": WIDE_CORE})).to(device)
     try:
         steps = ladder(model, SMALL)
     except (AssertionError, KeyError, ValueError) as error:
@@ -405,19 +409,19 @@ def ladder_row() -> Row:
     return Row(name, errors, TOL["rounding"], note)
 
 
-def weight_row(activation: str) -> Row:
-    model = copy.deepcopy(build(activation=activation, core=WIDE_CORE))
+def weight_row(activation: str, device: str) -> Row:
+    model = copy.deepcopy(build(activation=activation, core=WIDE_CORE)).to(device)
     batch = batch_of(model, TRICLINIC, SMALL)
     errors = tuple(weight_slope(model, batch, of) for of in ("energy", "forces", "virial"))
     return Row(f"gradients for weights, {activation}", errors, TOL["slope"])
 
 
-def empty_row() -> Row:
-    error = empty_places(build(**GUARD), TRICLINIC)
+def empty_row(device: str) -> Row:
+    error = empty_places(copy.deepcopy(build(**GUARD)).to(device), TRICLINIC)
     return Row("empty places", (None, error, None), TOL["rounding"])
 
 
-PARTS = {  # rows about Facet's own parts
+PARTS = {  # rows about Facet's own parts, functions of the device
     "equals reference_numpy.py": ladder_row,
     "gradients for weights, product": partial(weight_row, "product"),
     "gradients for weights, silu": partial(weight_row, "silu"),
@@ -425,12 +429,12 @@ PARTS = {  # rows about Facet's own parts
 }
 
 
-def guard_row(name: str) -> Row:
+def guard_row(name: str, device: str = "cpu") -> Row:
     """One row of `python -m tools.check`; an exception is an error, too."""
     try:
         if name in PROPERTIES:
-            return property_row(name, guard_calculator(), TRICLINIC)
-        return PARTS[name]()
+            return property_row(name, guard_calculator(device), TRICLINIC)
+        return PARTS[name](device)
     except Exception as error:
         return Row(name, NOTHING, -1.0, in_short(error))
 
@@ -470,17 +474,20 @@ def table(title: str, rows) -> int:
     return wrong
 
 
-def check_facet() -> int:
+def check_facet(device: str) -> int:
     """`python -m tools.check`: the table for a Facet with random weights, and what it costs."""
-    print(f"Facet on CPU, threads: {torch.get_num_threads()}, torch {torch.__version__}")
+    cuda = device.startswith("cuda")
+    where = torch.cuda.get_device_name(device) if cuda else device.upper()
+    print(f"Facet on {where}, threads: {torch.get_num_threads()}, torch {torch.__version__}")
     wrong = table("float64, random weights, errors in eV per atom, eV/Å, eV/Å³",
-                  (guard_row(name) for name in (*PROPERTIES, *PARTS)))
+                  (guard_row(name, device) for name in (*PROPERTIES, *PARTS)))
     print(f"{wrong} wrong" if wrong else "all is right")
 
     # What is not right or wrong: sizes of signals, parameters, speed.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         fresh = facet.Facet(facet.Config(("C", "Si"), mean_neighbours=28.0), torch.float64)
+    fresh.to(device)
     print("second moments of a fresh model's features, l = 0 1 2: near 1 where signals neither die "
           "nor explode")
     for text in moments(fresh, random_alloy(64)):
@@ -489,13 +496,17 @@ def check_facet() -> int:
     print("parameters", sum(p.numel() for p in model.parameters()))
     for atoms in (8, 64, 512):
         neighbours = facet.find_neighbours(random_alloy(atoms), model.config)
-        batch = facet.make_batch([neighbours], model.config.cutoff)
-        seconds = repeat(partial(model, batch), number=1, repeat=4)[1:]
+        batch = facet.make_batch([neighbours], model.config.cutoff).to(device)
+
+        def call(batch=batch):
+            model(batch)["energy"].tolist()  # waits for the device
+
+        seconds = repeat(call, number=1, repeat=4)[1:]
         print(f"speed {atoms:4d} atoms, float32: {1000 * np.median(seconds):.1f} ms")
     return wrong
 
 
-def given_calculator(words: list[str], dtype: str):
+def given_calculator(words: list[str], dtype: str, device: str):
     """The calculators that the words after --calculator name: [(title, calculator, precision)].
 
     Raises SystemExit with one sentence if there are none.
@@ -508,7 +519,7 @@ def given_calculator(words: list[str], dtype: str):
         found = []
         for name in [dtype] if dtype else ["float64", "float32"]:
             try:
-                calculator = facet.FacetCalculator(spec, dtype=getattr(torch, name))
+                calculator = facet.FacetCalculator(spec, device, getattr(torch, name))
             except (OSError, ValueError) as error:
                 raise SystemExit(f"error: {error}") from None
             found.append((f"{spec}, {name}", calculator, name))
@@ -539,10 +550,11 @@ def given_calculator(words: list[str], dtype: str):
     return [(f"{spec}, limits of {dtype or 'float32'}", calculator, dtype or "float32")]
 
 
-def check_calculator(words: list[str], dtype: str, file: str, species: list[str]) -> int:
+def check_calculator(words: list[str], dtype: str, device: str, file: str,
+                     species: list[str]) -> int:
     """`python -m tools.check --calculator …`; returns how many rows are wrong."""
     wrong = 0
-    for title, calculator, precision in given_calculator(words, dtype):
+    for title, calculator, precision in given_calculator(words, dtype, device):
         if isinstance(calculator, facet.FacetCalculator):
             known = species or calculator.model.config.species
         else:
@@ -564,6 +576,7 @@ def check_calculator(words: list[str], dtype: str, file: str, species: list[str]
 
 EXAMPLES = """examples:
     %(prog)s                                        is facet.py right?
+    %(prog)s --device cuda                          is it on a GPU?
     %(prog)s --calculator runs/si/model.pt          a trained model
     %(prog)s --calculator ase.calculators.emt:EMT   any calculator, module:callable
     %(prog)s --calculator chgnet.model:CHGNetCalculator use_device=cpu --atoms crystal.cif
@@ -582,13 +595,22 @@ def main(program: str = "python -m tools.check") -> int:
     parser.add_argument("--species", nargs="+", default=[], help="elements of the built-in crystal")
     parser.add_argument("--dtype", default="", choices=["float32", "float64"],
                         help="precision to judge by; default: both for a .pt file, else float32")
+    parser.add_argument("--device", default="", help="where a Facet runs; default: cpu, a trained "
+                        "model on cuda if there is one")
     arguments = parser.parse_args()
+    try:
+        torch.empty(0, device=arguments.device or "cpu")
+    except (RuntimeError, AssertionError):
+        parser.error(f"--device {arguments.device}: PyTorch has no such device here; "
+                     "try --device cpu")
 
     if arguments.calculator:
-        wrong = check_calculator(arguments.calculator, arguments.dtype, arguments.atoms,
-                                 arguments.species)
+        if arguments.device and not arguments.calculator[0].endswith(".pt"):
+            parser.error("--device is for Facet; other calculators take theirs as key=value")
+        wrong = check_calculator(arguments.calculator, arguments.dtype, arguments.device,
+                                 arguments.atoms, arguments.species)
     else:
-        wrong = check_facet()
+        wrong = check_facet(arguments.device or "cpu")
     return int(wrong > 0)
 
 

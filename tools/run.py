@@ -37,6 +37,13 @@ WATCHED = 50         # validation frames that the log looks at
 # ─── Processes, device, folder ────────────────────────────────────────────────────────────────────
 
 
+def filled(numbers: list[float], device: torch.device) -> torch.Tensor:
+    """Numbers as a float64 tensor on a device. To copy them there would make the CPU wait for it.
+    """
+    each = [torch.full((1,), x, dtype=torch.float64, device=device) for x in numbers]
+    return torch.cat(each)
+
+
 class Team(NamedTuple):
     """The processes that train together. The first one speaks and writes."""
 
@@ -59,7 +66,7 @@ class Team(NamedTuple):
         This is the one place where a step waits for the GPU.
         """
         clock = seconds if self.rank == 0 else 0.0
-        mine = torch.tensor([clock, stop], dtype=torch.float64, device=parts.device)
+        mine = filled([clock, stop], parts.device)
         news = torch.cat([parts.detach(), gradient.detach()[None] / self.size, mine])  # [6]
         return self.sum(news).tolist()
 
