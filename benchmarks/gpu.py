@@ -34,7 +34,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from unittest import mock
 
@@ -48,7 +48,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import facet
 import train_small
-from tools.frames import load_sets
+from tools.frames import Frames, load_sets
 from tools.labels import TABLE
 from tools.replay import Replayed, ReplayedGradient
 from tools.statistics import statistics
@@ -127,19 +127,24 @@ def step_of(model: facet.Facet, batch: facet.Batch, device: str, replay: bool = 
     return step
 
 
-def embedded_training(device: str, steps: int, folder: Path) -> tuple[torch.Tensor, float]:
-    """All weights after so many steps of train_small.py on the embedded set, and ms per step."""
+@cache
+def embedded() -> tuple[Frames, facet.Config]:
+    """The embedded set to train on, and what a model must know of it."""
+    settings = train_small.Settings()
+    with tempfile.TemporaryDirectory() as folder:
+        frames, _, _ = load_sets(settings, folder, None)
+    return frames, statistics(frames, settings)[0]
+
+
+def embedded_training(device: str, steps: int) -> torch.Tensor:
+    """All weights after so many steps of train_small.py on the embedded set."""
+    frames, config = embedded()
+    torch.manual_seed(0)
+    model = facet.Facet(config).to(device)
     settings = train_small.Settings(steps=steps, device=device)
-    with redirect_stdout(io.StringIO()):
-        frames, valid, _ = load_sets(settings, folder, None)
-        config, _ = statistics(frames, settings)
-        torch.manual_seed(0)
-        model = facet.Facet(config).to(device)
-        start = time.perf_counter()
-        trained, _ = train_small.train(model, frames, valid.take([]), settings, folder)
-        finish(device)
-    ms = 1000 * (time.perf_counter() - start) / steps
-    return torch.cat([weights.flatten() for weights in trained.parameters()]).cpu(), ms
+    with redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as folder:
+        trained, _ = train_small.train(model, frames, frames.take([]), settings, Path(folder))
+    return torch.cat([weights.flatten() for weights in trained.parameters()]).cpu()
 
 
 # ─── The parts ───────────────────────────────────────────────────────────────────────────────────
@@ -158,9 +163,8 @@ def repeats(device: str, quick: bool) -> dict:
             values = torch.stack([out[key] for out in found]).double()
             distance = (values - values[0]).abs().max() / values[0].square().mean().sqrt()
             spread[key] = float(distance)
-        with tempfile.TemporaryDirectory() as folder:
-            weights, _ = embedded_training(device, steps, Path(folder))
-            again, _ = embedded_training(device, steps, Path(folder))
+        weights = embedded_training(device, steps)
+        again = embedded_training(device, steps)
         weights_apart = float((weights - again).norm() / weights.norm())
         print(f"  {name}: five calls lie within {spread['energy']:.0e} (energy), "
               f"{spread['forces']:.0e} (forces), {spread['stress']:.0e} (stress) of each other; "
@@ -190,17 +194,16 @@ def repeats(device: str, quick: bool) -> dict:
 def waits(device: str, quick: bool) -> dict:
     """The difference of two trainings, so that begin and end do not count."""
     places = []
-    with tempfile.TemporaryDirectory() as folder:
-        for steps in (20, 60):
-            torch.cuda.set_sync_debug_mode("warn")
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                # Lines of the log are tests, and wait; a long run has one in twenty steps
-                with mock.patch.object(train_small.Progress, "stepped", stepped_without_log):
-                    embedded_training(device, steps, Path(folder))
-            torch.cuda.set_sync_debug_mode("default")
-            found = [w for w in caught if "synchronizing" in str(w.message)]
-            places.append(Counter(f"{Path(w.filename).name}:{w.lineno}" for w in found))
+    for steps in (20, 60):
+        torch.cuda.set_sync_debug_mode("warn")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            # Lines of the log are tests, and wait; a long run has one in twenty steps
+            with mock.patch.object(train_small.Progress, "stepped", stepped_without_log):
+                embedded_training(device, steps)
+        torch.cuda.set_sync_debug_mode("default")
+        found = [w for w in caught if "synchronizing" in str(w.message)]
+        places.append(Counter(f"{Path(w.filename).name}:{w.lineno}" for w in found))
     more = places[1] - places[0]
     per_step = {place: count / 40 for place, count in more.items()}
     print(f"  {sum(per_step.values()):.2f} waits a step: {per_step}")

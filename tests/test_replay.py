@@ -133,6 +133,29 @@ def test_replayed_gradient_is_the_gradient(device, tmp_path):
     differ("gradients of two batches", 100 * found[0], 100 * found[1])
 
 
+def test_model_that_cannot_be_recorded_is_trained_all_the_same(monkeypatch):
+    """With one warning; a full memory is another matter."""
+    def fail(error):
+        def record(function, pool):
+            raise error
+        return record
+
+    batch = batch_of(build(), SMALL)
+    zeros = {label.output: torch.zeros(len(batch.species) if label.per_atom else 1)
+             for label in TABLE}
+    target = {**zeros, "atoms": torch.tensor([2]), "count": torch.ones(3),
+              "weights": torch.ones(3)}
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None, raising=False)
+    replayed = replay.ReplayedGradient(lambda batch, target: "plain", build())
+    monkeypatch.setattr(replay, "record", fail(torch.OutOfMemoryError("full")))
+    with pytest.raises(torch.OutOfMemoryError):
+        replayed(batch, target)
+    monkeypatch.setattr(replay, "record", fail(RuntimeError("a tensor of the CPU\nmore")))
+    with pytest.warns(UserWarning, match="cannot be recorded .*.a tensor of the CPU.; its") as told:
+        assert [replayed(batch, target) for _ in range(3)] == ["plain"] * 3
+    assert len(told) == 1
+
+
 # ─── Training on a GPU ──────────────────────────────────────────────────────────────────────────
 
 

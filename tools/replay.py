@@ -12,6 +12,7 @@ tools.relax do this by themselves on a GPU. `benchmarks/gpu.py` measures what it
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -172,7 +173,9 @@ class Replayed(nn.Module):
 class ReplayedGradient:
     """The first half of a training step on a GPU, sooner: gradient(batch, target) → losses [3].
 
-    gradient leaves the gradient of the losses in .grad of the model's weights, and so does this.
+    gradient leaves the gradient of the losses in .grad of the model's weights, and so does this. A
+    model that cannot be recorded, because it reads numbers of the CPU or waits for results, is
+    trained without recordings: a warning says so.
     """
 
     def __init__(self, gradient: Callable, model: facet.Facet):
@@ -181,14 +184,24 @@ class ReplayedGradient:
         self.trained = {name: w for name, w in model.named_parameters() if w.requires_grad}
         self.recordings = {}  # by shape_for
         self.pool = torch.cuda.graph_pool_handle()
+        self.most = MOST
 
     def __call__(self, batch: facet.Batch, target: dict[str, Tensor]) -> Tensor:
-        if len(batch.species) > MOST:
+        if len(batch.species) > self.most:
             return self.gradient(batch, target)
 
         shape = shape_for(batch)
         if shape not in self.recordings:
-            self.recordings[shape] = self.record(shape, batch, target)
+            try:
+                self.recordings[shape] = self.record(shape, batch, target)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                self.most = 0
+                reason = str(error).splitlines()[0]
+                warnings.warn(f"this model cannot be recorded as a CUDA graph ({reason}); its "
+                              "training steps take several times as long", stacklevel=2)
+                return self.gradient(batch, target)
         recording = self.recordings[shape]
         fill_batch(recording.place, recording.padding, batch)
         fill_target(recording.target, target)
