@@ -12,11 +12,12 @@ and, if there is one, "stress" (six numbers in ASE's order and sign, eV/Å³). a
 it comes from ("source"), of which material it is ("material") and to which group of its data set
 it belongs ("group", from config_type or group in the file). A frame may lack energy or forces.
 
-What ASE reads is read (extxyz, traj, db, OUTCAR, vasprun.xml, …, .gz). Besides, JSON as MPtrj,
-MatPES and mlearn have it: tools.database turns that into a database.
+What ASE reads is read (extxyz, traj, db, OUTCAR, vasprun.xml, …, .gz). Besides, JSON and JSON
+Lines as MPtrj, MatPES and mlearn have them: tools.database turns these into a database.
 
-labels.py has one frame, its label names and checks; json_layouts.py the layouts of JSON; sets.py
-many frames, in memory or in a database, and how they are split; suspicions.py what looks wrong.
+files.py opens files, for every tool; labels.py has one frame, its label names and checks;
+json_layouts.py the layouts of JSON; sets.py many frames, in memory or in a database, and how they
+are split; suspicions.py what looks wrong.
 """
 from __future__ import annotations
 
@@ -28,7 +29,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-import ase.db
 import ase.io
 import numpy as np
 from ase import Atoms, units
@@ -37,23 +37,25 @@ from ase.neighborlist import neighbor_list
 
 import facet
 from tools import emt, suspicions
+from tools.files import in_one_sentence, is_json, keep_quiet, read_atoms, refuse_foreign
 from tools.json_layouts import frames_of_json, open_text, stream
 from tools.labels import (
+    ASE_ORDER,
     LABELS,
-    MATERIAL_KEYS,
     TABLE,
     USUAL,
     WEIGHTS,
     BadInput,
     Names,
     Runs,
+    Unread,
     check,
     find_labels,
     group_of,
     labelled,
+    material_in,
     name_help,
     read_labels,
-    word,
 )
 from tools.sets import (
     Frames,
@@ -77,26 +79,7 @@ def print_to_stderr(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def keep_quiet(text: str) -> None:
-    """Say nothing."""
-
-
-# ─── What ASE reads ───────────────────────────────────────────────────────────────────────────────
-
-
-def images(path: str) -> Iterator[Atoms]:
-    """Everything in a file, as ASE reads it; an @ in the name is no index."""
-    if not path.lower().endswith(".db"):
-        yield from ase.io.iread(path, index=":", do_not_split_by_at_sign=True)
-        return
-
-    # a database that tools.database did not make: labels may be among its key-value pairs or data
-    with ase.db.connect(path, type="db", use_lock_file=False, serial=True) as database:
-        for row in database.select():
-            atoms = row.toatoms()
-            atoms.info.update(row.key_value_pairs)
-            atoms.info.update(row.data)
-            yield atoms
+# ─── Any file ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def labels_of(atoms: Atoms) -> dict:
@@ -109,71 +92,50 @@ def labels_of(atoms: Atoms) -> dict:
     return labels
 
 
-def frames_of_ase(path: str, names: Names, ignored: set[str]) -> Iterator[Atoms]:
-    """Frames of any file that ASE reads. Raises BadInput for a frame without labels.
+def frames_of_ase(path: str, names: Names, unread: Unread, bare: bool,
+                  say: Callable[[str], None]) -> Iterator[Atoms]:
+    """Frames of any file that ASE reads; bare: they may lack labels. Raises BadInput.
 
     A frame's material is what its info names, else its run (see Runs). One atom alone needs no
     forces: they are zero. A frame without a volume has no stress.
     """
     runs = Runs()
-    for i, atoms in enumerate(images(path)):
+    for i, atoms in enumerate(read_atoms(path, say)):
         source = f"{path}, frame {i}"
-        labels = labels_of(atoms)
-        ignored.update(name for name in labels if str(name).lower() in WEIGHTS)
+        found = find_labels(labels_of(atoms), names, {}, source, unread, bare)
+        results = read_labels(found, atoms, names.virial(), source, unread, ASE_ORDER)
 
-        found = find_labels(labels, names, {}, source)
-        results = read_labels(found, atoms, names.virial(), source)
-
-        # the material: its name, or its run
-        material = f"{path}: {atoms.symbols}, run {runs.number(atoms)}"
-        for key in MATERIAL_KEYS:
-            if key in atoms.info:
-                material = word(atoms.info[key])
-                break
-
+        material = material_in(atoms.info)
+        if not material:
+            material = f"{path}: {atoms.symbols}, run {runs.number(atoms)}"
         yield labelled(atoms, **results, source=source, material=material,
                        group=group_of(atoms.info))
 
 
-# ─── Any file ─────────────────────────────────────────────────────────────────────────────────────
-
-
-def is_json(path: str) -> bool:
-    """Whether the name is that of a JSON file, perhaps compressed."""
-    return path.lower().removesuffix(".gz").endswith(".json")
-
-
-def iread(path: str | Path, names: Names = USUAL,
-          ignored: set[str] | None = None) -> Iterator[Atoms]:
+def iread(path: str | Path, names: Names = USUAL, unread: Unread | None = None,
+          bare: bool = False, say: Callable[[str], None] = keep_quiet) -> Iterator[Atoms]:
     """The frames of one file, checked, one after another in little memory.
 
-    ignored: gets the names of columns that ask for weights. Raises BadInput: for a file that cannot
-    be read, that ends too early or holds nothing, for a frame without labels, and for all that
-    `check` refuses.
+    unread: gets the names of what is in the file and is not read; bare: frames may lack all labels;
+    say: told what is doubtful about the file. Raises BadInput: for a file that cannot be read, that
+    ends too early or holds nothing, for a frame without labels, and for all that `check` refuses.
     """
     path = str(path)
-    ignored = set() if ignored is None else ignored
+    unread = unread or Unread()
     count = 0
     try:
-        if is_json(path):
-            found = frames_of_json(path, names, ignored)
-        elif made_here(path):
+        refuse_foreign(path)
+        if made_here(path):
             found = gather_files([path], names)
+        elif is_json(path):
+            found = frames_of_json(path, names, unread, bare)
         else:
-            found = frames_of_ase(path, names, ignored)
+            found = frames_of_ase(path, names, unread, bare, say)
         for atoms in found:
             yield check(atoms)
             count += 1
-    except BadInput:
-        raise
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file") from None
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        cure = "is it complete and in a format that ASE knows?"
-        if "OUTCAR" in path:
-            cure = "try the vasprun.xml of the same calculation;"
-        raise BadInput(f"{path}, frame {count}: cannot be read, {cure} ({reason})") from error
+        raise in_one_sentence(error, path, count) from error
     if count == 0:
         raise BadInput(f"{path}: holds no structures")
 
@@ -223,7 +185,7 @@ def what_there_is(path: str) -> str:
             _, frame = next(stream(file))
         found = {**frame, **(frame.get("outputs") or {})}
     else:
-        found = labels_of(next(iter(images(path))))
+        found = labels_of(next(read_atoms(path)))
     return ", ".join(map(str, found)) or "nothing"
 
 
@@ -246,11 +208,14 @@ def check_labels(names: Names, found: set[str], paths: Sequence[str]) -> None:
 
 
 def gather_files(paths: list[str], names: Names, without: Sequence[str] = (),
-                 say: Callable[[str], None] = keep_quiet) -> Frames:
-    """The frames of these files, each of them a part. Raises BadInput."""
+                 say: Callable[[str], None] = keep_quiet, bare: bool = False) -> Frames:
+    """The frames of these files, each of them a part. Raises BadInput.
+
+    bare: frames may lack all labels; other arguments as for `read`.
+    """
     parts = []
     labels = set(without)  # those that there are; nobody misses the others
-    ignored = set()
+    unread = Unread()
     for path in paths:
         if made_here(path):
             parts.append(OnDisk(path, names, without))
@@ -258,17 +223,18 @@ def gather_files(paths: list[str], names: Names, without: Sequence[str] = (),
             continue
 
         found = []
-        for atoms in iread(path, names, ignored):
+        for atoms in iread(path, names, unread, bare, say):
             labels.update(atoms.calc.results)
             for name in without:
                 atoms.calc.results.pop(name, None)
             found.append(atoms)
         parts.append(InMemory(found, path))
 
-    check_labels(names, labels, paths)
-    if ignored:
-        say(f"note: {', '.join(sorted(ignored))} of {', '.join(paths)} are ignored: every frame "
-            f"counts the same")
+    # frames without labels miss none, unless their names are given
+    if any(names) or not bare or labels > set(without):
+        check_labels(names, labels, paths)
+    for text in unread.notes(", ".join(paths), without):
+        say(text)
     return Frames(parts)
 
 
@@ -276,8 +242,9 @@ def read(patterns: Sequence[str], names: Names = USUAL, without: Sequence[str] =
          say: Callable[[str], None] = keep_quiet) -> Frames:
     """All frames of files and globs, checked; databases stay on the disk.
 
-    without: labels that are not read; say: told what is ignored. Raises BadInput, also for JSON
-    files, which belong into a database, and for a name of a label that no frame has.
+    without: labels that are not read; say: told what else is not. Raises BadInput, also for JSON
+    of pymatgen's structures, which belongs into a database, and for a name of a label that no frame
+    has.
     """
     paths = expand(patterns)
     for path in paths:
