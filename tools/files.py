@@ -30,10 +30,11 @@ INVENTED = {"lammps-dump-text": ("energy",), "lammps-dump-binary": ("energy",)}
 
 # files of others: ending, or what is in a folder or at the beginning → what it is
 FOREIGN = {
-    "set.000": "a folder of deepmd; dpdata converts it to extxyz",
-    "type.raw": "a folder of deepmd; dpdata converts it to extxyz",
-    "BEGIN_CFG": "MLIP's configurations; dpdata, or mlp convert-cfg, converts them",
-    ".npy": "one array of NumPy, as a folder of deepmd has them; give extxyz, which dpdata writes",
+    "set.000": "a folder of deepmd; convert it to extxyz, for example with dpdata",
+    "type.raw": "a folder of deepmd; convert it to extxyz, for example with dpdata",
+    "BEGIN_CFG": "a file of MLIP's configurations, which ASE does not know; convert it to extxyz",
+    ".npy": "one array of NumPy, as in a folder of deepmd; convert that folder to extxyz, for "
+            "example with dpdata",
     ".npz": "arrays of NumPy, whose names and units differ from set to set; write them as extxyz",
     ".h5": "HDF5, whose names and units differ from set to set; write it as extxyz",
     ".hdf5": "HDF5, whose names and units differ from set to set; write it as extxyz",

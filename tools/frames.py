@@ -94,7 +94,7 @@ def labels_of(atoms: Atoms) -> dict:
 
 def frames_of_ase(path: str, names: Names, unread: Unread, bare: bool,
                   say: Callable[[str], None]) -> Iterator[Atoms]:
-    """Frames of any file that ASE reads; bare: they may lack labels. Raises BadInput.
+    """Frames of any file that ASE reads; see `iread`. Raises BadInput.
 
     A frame's material is what its info names, else its run (see Runs). One atom alone needs no
     forces: they are zero. A frame without a volume has no stress.
@@ -106,7 +106,7 @@ def frames_of_ase(path: str, names: Names, unread: Unread, bare: bool,
         results = read_labels(found, atoms, names.virial(), source, unread, ASE_ORDER)
 
         material = material_in(atoms.info)
-        if not material:
+        if not material and not bare:
             material = f"{path}: {atoms.symbols}, run {runs.number(atoms)}"
         yield labelled(atoms, **results, source=source, material=material,
                        group=group_of(atoms.info))
@@ -116,9 +116,10 @@ def iread(path: str | Path, names: Names = USUAL, unread: Unread | None = None,
           bare: bool = False, say: Callable[[str], None] = keep_quiet) -> Iterator[Atoms]:
     """The frames of one file, checked, one after another in little memory.
 
-    unread: gets the names of what is in the file and is not read; bare: frames may lack all labels;
-    say: told what is doubtful about the file. Raises BadInput: for a file that cannot be read, that
-    ends too early or holds nothing, for a frame without labels, and for all that `check` refuses.
+    unread: gets the names of what is in the file and is not read; bare: frames may lack all labels,
+    and runs are not told apart; say: told what is doubtful about the file. Raises BadInput: for a
+    file that cannot be read, that ends too early or holds nothing, for a frame without labels, and
+    for all that `check` refuses.
     """
     path = str(path)
     unread = unread or Unread()

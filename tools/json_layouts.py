@@ -268,6 +268,6 @@ def frames_of_json(path: str, names: Names, unread: Unread, bare: bool) -> Itera
     runs = Runs()
     for source, keys, frame, structure in documents(path):
         atoms = frame_of_json(keys, frame, structure, names, source, unread, bare)
-        if atoms.info["material"] == source:  # no name of it
+        if atoms.info["material"] == source and not bare:  # no name of it
             atoms.info["material"] = f"{path}: {atoms.symbols}, run {runs.number(atoms)}"
         yield atoms
