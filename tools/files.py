@@ -25,6 +25,8 @@ from ase.io.formats import filetype, get_compression, open_with_compression
 from tools.json_layouts import ORDERED_ONLY, open_text, structures_of_json
 from tools.labels import BadInput
 
+WARNING = "warning: "  # lines that begin so are errors with --strict
+
 # labels that ASE's reader of a format fills in where the file has none
 INVENTED = {"lammps-dump-text": ("energy",), "lammps-dump-binary": ("energy",)}
 
@@ -188,7 +190,7 @@ def tell_doubts(atoms: Atoms, kind: str, path: str, say: Callable[[str], None]) 
             raise BadInput(f"{path}: is a dump in units {units}; ASE takes all for metal (Å, eV): "
                            f"write it again, or convert it")
     if kind.startswith("lammps-d") and not named:
-        say(f"warning: {path} has no names of elements; ASE takes the types 1, 2, … for H, He, …, "
+        say(f"{WARNING}{path} has no names of elements; ASE takes the types 1, 2, … for H, He, …, "
             f"so that this is {atoms.symbols.formula.format('reduce')}: dump the column element")
 
 

@@ -26,6 +26,8 @@ import glob
 import os
 import shlex
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -33,11 +35,10 @@ import ase.io
 import numpy as np
 from ase import Atoms, units
 from ase.data import chemical_symbols
-from ase.neighborlist import neighbor_list
 
 import facet
 from tools import emt, suspicions
-from tools.files import in_one_sentence, is_json, keep_quiet, read_atoms, refuse_foreign
+from tools.files import WARNING, in_one_sentence, is_json, keep_quiet, read_atoms, refuse_foreign
 from tools.json_layouts import frames_of_json, open_text, stream
 from tools.labels import (
     ASE_ORDER,
@@ -72,6 +73,7 @@ from tools.sets import (
 from tools.sets import in_memory as in_memory  # for those who have Atoms already
 
 NONE = ("0",)  # of --valid and --test: no such set
+PATIENCE = 2.0  # seconds until checks that take long say so
 
 
 def print_to_stderr(text: str) -> None:
@@ -325,7 +327,14 @@ def load_sets(settings, folder: str | Path,
     """
     names = Names(*[getattr(settings, name, "") for name in LABELS])
     without = [name for name in LABELS if getattr(settings, f"{name}_weight", 1) == 0]
-    tell = say or keep_quiet
+    doubts = []
+
+    def tell(text: str) -> None:
+        """Say it, and keep what is a warning."""
+        if text.startswith(WARNING):
+            doubts.append(text.removeprefix(WARNING))
+        if say is not None:
+            say(text)
 
     # what the files hold
     paths = settings.train
@@ -345,7 +354,10 @@ def load_sets(settings, folder: str | Path,
 
     # what looks wrong in them
     if say is not None:
-        look_at(given, say, getattr(settings, "strict", False))
+        look_at(given, tell)
+        if doubts and getattr(settings, "strict", False):
+            raise BadInput(f"{len(doubts)} warnings, which --strict turns into errors; the first: "
+                           f"{doubts[0]}")
 
     # nothing twice
     train = without_copies(train, tell)
@@ -361,24 +373,42 @@ def load_sets(settings, folder: str | Path,
     return train, given["valid"], given["test"]
 
 
-def look_at(given: dict[str, Frames], say: Callable[[str], None], strict: bool) -> None:
-    """Say which labels lack, where free atoms are, and what looks wrong, in the sets as given.
+class Patience:
+    """While something takes longer than two seconds: a line now and then that says what is done."""
 
-    Raises BadInput if something looks wrong, and strict.
-    """
-    found = []
+    def __init__(self, what: str, say: Callable[[str], None]):
+        self.what = what
+        self.say = say
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self.tell, daemon=True)
+
+    def tell(self) -> None:
+        start = time.monotonic()
+        wait = PATIENCE
+        while not self.over.wait(wait):
+            self.say(f"{self.what}, {time.monotonic() - start:.0f} s so far")
+            wait *= 2
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *_) -> None:
+        self.over.set()
+        self.thread.join()
+
+
+def look_at(given: dict[str, Frames], say: Callable[[str], None]) -> None:
+    """Say which labels lack, where free atoms are, and what looks wrong, in the sets as given."""
     for what, frames in given.items():
         tell_labels(frames, f"of the {what} set", say)
         free = np.flatnonzero(free_atoms(frames))
         if what != "training" and len(free):
             say(f"note: {len(free)} free atoms of the {what} set stay there and are not trained "
                 f"on, the first of them {frames[free[0]].info['source']}")
-        for text in warnings(frames):
-            say(f"warning: {text}")
-            found.append(text)
-    if found and strict:
-        raise BadInput(f"{len(found)} warnings, which --strict turns into errors; the first: "
-                       f"{found[0]}")
+        with Patience(f"checking {len(frames)} frames of the {what} set", say):
+            found = warnings(frames)
+        for text in found:
+            say(WARNING + text)
 
 
 def contradictions(frames: Frames) -> list[str]:
@@ -409,13 +439,14 @@ def warnings(frames: Frames) -> list[str]:
 # ─── Command ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def shortest_distance(crystals: list[Atoms], cutoff: float = 4.0) -> tuple[float, str]:
-    """The shortest distance between two atoms (Å) and its frame; infinity if none is in cutoff."""
+def shortest_distance(crystals: list[Atoms]) -> tuple[float, str]:
+    """The shortest distance between two atoms (Å) and its frame; infinity if none is in 4 Å."""
     shortest = (np.inf, "")
     for atoms in crystals:
-        distances = neighbor_list("d", atoms, cutoff)
-        if len(distances) and distances.min() < shortest[0]:
-            shortest = (float(distances.min()), atoms.info["source"])
+        halves = np.full(len(atoms), 0.5)  # the sum of two is 1 Å
+        distance = suspicions.closest(atoms, halves, (0.25, 0.5, 1.0, 2.0, 3.0, 4.0))
+        if distance < shortest[0]:
+            shortest = (distance, atoms.info["source"])
     return shortest
 
 
@@ -492,7 +523,7 @@ def report(frames: Frames) -> str:
 
     found = warnings(frames)
     for text in found:
-        lines.append(f"warning: {text}")
+        lines.append(WARNING + text)
     if not found:
         lines.append("no warnings")
     return "\n".join(lines)
@@ -519,7 +550,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         found = gather_files(expand(options.files), names_in(options), say=print_to_stderr)
-        print(report(found))
+        with Patience(f"looking at {len(found)} frames", print_to_stderr):
+            page = report(found)
+        print(page)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
