@@ -105,7 +105,11 @@ def frames_of_ase(path: str, names: Names, unread: Unread, bare: bool,
     for i, atoms in enumerate(read_atoms(path, say)):
         source = f"{path}, frame {i}"
         found = find_labels(labels_of(atoms), names, {}, source, unread, bare)
-        results = read_labels(found, atoms, names.virial(), source, unread, ASE_ORDER)
+
+        # only ASE itself tells the order of six numbers
+        stress = atoms.calc.results.get("stress") if atoms.calc is not None else None
+        order = ASE_ORDER if found["stress"] is stress else ""
+        results = read_labels(found, atoms, names.virial(), source, unread, order)
 
         material = material_in(atoms.info)
         if not material and not bare:
