@@ -546,7 +546,7 @@ def test_progress_is_a_line_now_and_then_in_a_file(example, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == [
         f"{path}: {len(wanted)} frames",
         f"note: not read of {path}: bandgap, e_per_atom_relaxed, ef_per_atom, energy_per_atom, "
-        f"magmom, uncorrected_total_energy",
+        f"magmom, magmom of the sites, uncorrected_total_energy",
         f"{tmp_path / 'a.db'} is complete"]
 
 

@@ -279,7 +279,7 @@ def test_forces_that_ase_does_not_convert_are_a_warning(tmp_path):
         assert len(said) == count and all("10 J/mol/Å" in line for line in said)
 
 
-def test_warning_of_a_file_is_an_error_with_strict(tmp_path):
+def test_warning_of_a_file_is_an_error_with_strict(tmp_path, capsys):
     path = dump(tmp_path / "a.lammpstrj", crystals(12), "id type")
     usual = dict(train=(path,), valid=(), test=(), seed=0)
     said = []
@@ -287,6 +287,9 @@ def test_warning_of_a_file_is_an_error_with_strict(tmp_path):
     assert len([line for line in said if "no names of elements" in line]) == 1
     with pytest.raises(BadInput, match="--strict turns into errors; the first: .*no names of elem"):
         frames.load_sets(SimpleNamespace(**usual, strict=True), tmp_path, keep_quiet)
+    assert frames.main([path]) == 0
+    page = capsys.readouterr().out
+    assert "warning: " in page and "no names of elements" in page and "no warnings" not in page
 
 
 @every_labelled
@@ -332,6 +335,16 @@ def test_keys_in_other_capitals_are_understood(lattice, properties, pbc, columns
     if reader != "read_atoms":
         assert found.calc.results["energy"] == right.calc.results["energy"]
         np.testing.assert_allclose(found.calc.results["forces"], right.calc.results["forces"])
+
+
+def test_columns_in_other_capitals_are_understood(tmp_path):
+    path = extxyz(tmp_path / "a.xyz", "energy={energy} Lattice={cell}")
+    right, = frames.iread(path)
+    Path(path).write_text(Path(path).read_text().replace("species:S:1:pos:R:3:force:R:3",
+                                                         "Species:S:1:Pos:R:3:Force:R:3"))
+    found, = frames.iread(path)
+    assert found == right
+    assert (found.calc.results["forces"] == right.calc.results["forces"]).all()
 
 
 def test_key_that_is_there_in_its_capitals_is_the_one(tmp_path):
@@ -545,7 +558,7 @@ def test_what_is_not_read_is_said_once_by_name(ending, reader, tmp_path):
     note, = told(said, "note")
     first, _, names = note.partition(": ")[2].partition(": ")
     assert first == f"not read of {path}"
-    assert names.replace(" (--stress virial reads it)", "").split(", ") == sorted(UNREAD)
+    assert names.split(", ") == sorted(UNREAD)
 
 
 @pytest.mark.parametrize("name", UNREAD)
@@ -554,29 +567,50 @@ def test_each_column_that_is_not_read_has_its_name_said(name, tmp_path):
     ase.io.write(path, with_more({name: UNREAD[name]}))
     said = []
     frames.read([path], say=said.append)
-    cure = f" (--stress {name} reads it)" if name == "virial" else ""
-    assert said == [f"note: not read of {path}: {name}{cure}"]
+    assert said == [f"note: not read of {path}: {name}"]
 
 
-def test_virial_that_is_read_or_not_wanted_is_no_note(tmp_path):
+def test_virial_that_nobody_reads_is_said_with_the_cure(tmp_path):
     path = str(tmp_path / "a.extxyz")
-    ase.io.write(path, with_more({"virial": np.eye(3)}))
-    for names, without, wanted in ((Names(), [], ["virial (--stress virial reads it)"]),
-                                   (Names(), ["stress"], []),
-                                   (Names(stress="virial"), [], ["stress"])):
-        said = []
-        frames.read([path], names, without, said.append)
-        assert [line.partition("a.extxyz: ")[2] for line in said] == wanted
+    for stress in (True, False):
+        images = with_more({"virial": np.eye(3)})
+        for atoms in images if not stress else ():
+            del atoms.calc.results["stress"]
+        ase.io.write(path, images)
+        cure = "" if stress else " (--stress virial reads it)"
+        rest = ["stress"] if stress else []
+        for names, without, wanted in ((USUAL, [], ["virial" + cure]), (USUAL, ["stress"], []),
+                                       (Names(stress="virial"), [], rest)):
+            said = []
+            frames.read([path], names, without, said.append)
+            assert said == [f"note: not read of {path}: {name}" for name in wanted]
 
 
-def test_free_energy_is_no_note_if_it_is_the_energy(tmp_path):
-    for more, count in ((0.0, 0), (0.1, 1)):
-        atoms = crystal()
-        atoms.calc.results["free_energy"] = atoms.calc.results["energy"] + more
-        ase.io.write(tmp_path / "a.traj", atoms)
-        said = []
-        frames.read([str(tmp_path / "a.traj")], say=said.append)
-        assert len(said) == count and all("free_energy" in line for line in said)
+@pytest.mark.parametrize("more, note", [(0.0, None), (0.1, "free_energy")])
+def test_free_energy_is_no_note_if_it_is_the_energy(more, note, tmp_path):
+    atoms = crystal()
+    atoms.calc.results["free_energy"] = atoms.calc.results["energy"] + more
+    path = str(tmp_path / "a.traj")
+    ase.io.write(path, atoms)
+    said = []
+    frames.read([path], say=said.append)
+    assert said == ([f"note: not read of {path}: {note}"] if note else [])
+
+    # without an energy it is what ASE's readers of CASTEP's .geom and .md have
+    del atoms.calc.results["energy"]
+    ase.io.write(path, atoms)
+    said = []
+    frames.read([path], say=said.append)
+    assert said == [f"note: not read of {path}: free_energy (--energy free_energy reads it)"]
+
+
+def test_columns_of_json_that_are_not_read_are_said(tmp_path, capsys):
+    one = {**document(crystal()), "bandgap": 1.0, "nothing": None}
+    one["structure"]["sites"][0]["properties"] = {"magmom": 0.1}
+    (tmp_path / "a.json").write_text(json.dumps([one]))
+    assert frames.main([str(tmp_path / "a.json")]) == 0
+    assert capsys.readouterr().err == (f"note: not read of {tmp_path / 'a.json'}: bandgap, magmom "
+                                       f"of the sites, matpes_id\n")
 
 
 @every_labelled

@@ -225,7 +225,8 @@ NINE = ("Stress", "Virial")  # ASE reads these in small letters, and only if the
 def comment_line(line: str) -> dict:
     """The second line of a frame in extended XYZ → {key: value}, as ASE's reader wants it.
 
-    Lattice, Properties and pbc are taken in any capitals: GPUMD writes small ones. A key without a
+    Lattice, Properties and pbc are taken in any capitals: GPUMD writes small ones. So are the
+    columns species and pos. A key without a
     value (`config_type= energy=-1`) has none; ASE would give it the next key. Six numbers of stress
     or virial get a name that ASE does not know.
     """
@@ -242,9 +243,15 @@ def comment_line(line: str) -> dict:
         return key_val_str_to_dict(WORDS.sub(corrected, line))
 
     try:
-        return parsed(NAMES)
+        info = parsed(NAMES)
     except ValueError:
-        return parsed(NAMES + NINE)
+        info = parsed(NAMES + NINE)
+
+    # the columns that every frame has
+    if isinstance(info.get("Properties"), str):
+        info["Properties"] = re.sub(r"\b(species|pos)(?=:)", lambda found: found[0].lower(),
+                                    info["Properties"], flags=re.IGNORECASE)
+    return info
 
 
 class Rows(SQLite3Database):

@@ -227,6 +227,7 @@ class Unread:
 
     def __init__(self):
         self.names = set()
+        self.read = set()  # labels that are found in any frame
 
     def add(self, there: dict, used: set[str]) -> None:
         """All that a frame has, but what is used of it."""
@@ -242,13 +243,16 @@ class Unread:
         weights = []
         others = []
         for name in sorted(self.names):
+            for label, key in (("stress", "virial"), ("stress", "virials"),
+                               ("energy", "free_energy")):
+                if name.lower() == key and not {label} & (self.read | set(without)):
+                    name = f"{name} (--{label} {name} reads it)"
             stress = "virial" in name.lower() or "stress" in name.lower()
             if name.lower() in WEIGHTS:
                 weights.append(name)
-            elif name.lower() in ("virial", "virials") and "stress" not in without:
-                others.append(f"{name} (--stress {name} reads it)")
             elif not stress or "stress" not in without:
                 others.append(name)
+
         found = []
         if weights:
             found.append(f"note: {', '.join(weights)} of {where} are ignored: every frame counts "
@@ -380,6 +384,8 @@ def find_labels(there: dict, names: Names, usual: dict, source: str, unread: Unr
         key = next((key for key in keys if key is not None), None)
         found[label.name] = there.get(key)
         used.add(key)
+        if key is not None:
+            unread.read.add(label.name)
     unread.add(there, used)
 
     expected = [label.name for label in TABLE if label.expected]
