@@ -368,6 +368,19 @@ def test_key_without_a_value_does_not_take_the_next_one(reader, tmp_path):
             assert found.info["group"] == "" and "energy" not in found.info["material"]
 
 
+def test_comment_lines_mean_what_their_writers_mean():
+    """Spaces around =, text in quotes, addresses, brackets; the last key without a value."""
+    for line, right in {
+            "energy = -1.5 config_type = bulk": {"energy": -1.5, "config_type": "bulk"},
+            "a=1 b= c=3": {"a": 1, "b": "", "c": 3},
+            "a=1 config_type= ": {"a": 1, "config_type": ""},
+            'x="a b= c=d" pbc="T F T"': {"x": "a b= c=d", "pbc": [True, False, True]},
+            "url=http://x?a=b&c=d e=2": {"url": "http://x?a=b&c=d", "e": 2},
+            "flag {a b}=3": {"flag": True, "a b": 3},
+            "i = 0, E = -17.5": {"i": 0, "E": -17.5}}.items():
+        assert files.comment_line(line) == right
+
+
 @pytest.mark.parametrize("ending", ["traj", "extxyz"])
 @pytest.mark.parametrize("value", [None, ""])
 @pytest.mark.parametrize("key", ["material", "mp_id", "config_type"])

@@ -215,7 +215,7 @@ def header_of_dump(path: str) -> list[str]:
 
 
 # a key that stands before a value of nothing, a value in quotes or brackets (left alone), a key
-WORDS = re.compile(r"""(?P<empty>=\s*(?:""|''|\{\}|\[\])(?=\s|$)|=(?=\s+[^\s=]+\s*=))"""
+WORDS = re.compile(r"""(?P<empty>=\s*(?:""|''|\{\}|\[\])(?=\s|$)|=\s*$|=(?=\s+[^\s=]+\s*=))"""
                    r"""|"(?:\\.|[^"\\])*"|'[^']*'|\{[^}]*\}|\[[^]]*\]"""
                    r"""|(?P<key>[^\s="'{\[]+)(?=\s*=)""")
 NAMES = ("Lattice", "Properties", "pbc")
