@@ -193,7 +193,7 @@ def test_site_that_is_occupied_in_part_is_refused(kind, ending, reader, tmp_path
 
 
 @pytest.mark.parametrize("values, refused", [([1, 1, 1, 1], False), ([0, 0, 0, 0], False),
-                                             ([1, 1, 1, 0.5], True)])
+                                             ([1, 1, 1, 0.97], True), ([1, 1, 1.5, 1], True)])
 @pytest.mark.parametrize("name", ["occupancy", "occupancies"])
 def test_occupancies_of_atoms_count_too(name, values, refused, tmp_path):
     """As ASE's readers of PDB and muSTEM have them; zero is what programs write for nothing."""
@@ -203,7 +203,7 @@ def test_occupancies_of_atoms_count_too(name, values, refused, tmp_path):
     if not refused:
         assert len(list(frames.iread(tmp_path / "a.xyz"))) == 1
         return
-    with pytest.raises(BadInput, match="occupied to 0.5"):
+    with pytest.raises(BadInput, match="occupied to (0.97|1.5)"):
         list(frames.iread(tmp_path / "a.xyz"))
 
 
@@ -464,8 +464,10 @@ def test_broken_line_of_json_is_refused(tmp_path):
 
 
 def test_structures_without_labels_can_be_read_from_json(tmp_path):
-    labelled = {**document(crystal()), "material_id": "mp-1"}
+    labelled = {**document(crystal()), "material_id": "mp-1", "by": "__ndarray__, as ASE has it"}
     bare = document(crystal())["structure"]
+    (tmp_path / "a.jsonl").write_text(json.dumps(bare) + "\n" + json.dumps(labelled))
+    assert len(list(files.read_atoms(tmp_path / "a.jsonl"))) == 2
     (tmp_path / "a.json").write_text(json.dumps([labelled, bare]))
     for found in (list(files.read_atoms(tmp_path / "a.json")),
                   list(frames.iread(tmp_path / "a.json", bare=True))):
@@ -504,12 +506,13 @@ def test_database_with_numbers_of_32_bits_is_read(width, size, reader, tmp_path)
     with ase.db.connect(path) as there:
         for _ in range(2):
             atoms = (ase.build.bulk("Cu", cubic=True) * (3, 1, 1))[:size]
-            atoms.calc = SinglePointCalculator(
-                atoms, energy=width(1.5), forces=forces, stress=stress, dipole=np.ones(3, width),
-                magmoms=np.ones(size, width))
-            if size % 2 and width is np.float32:
-                del atoms.calc.results["magmoms"]  # of which ASE's own reader makes nothing
+            atoms.calc = SinglePointCalculator(atoms)  # which would widen what it is given
+            atoms.calc.results.update(energy=1.5, forces=forces, stress=stress)
+            if not size % 2:  # else ASE's own reader cannot make anything of it
+                atoms.calc.results["magmoms"] = np.ones(size, width)
             there.write(atoms)
+        stored, = there.connection.execute("SELECT length(forces) FROM systems").fetchone()
+    assert stored == 3 * size * width().itemsize
     for atoms in LABELLED[reader](path, keep_quiet):
         assert atoms.calc.results["energy"] == 1.5
         assert (atoms.calc.results["forces"] == forces).all()
@@ -705,6 +708,22 @@ def test_closest_pair_is_that_of_all_pairs(seed):
     assert suspicions.closest(atoms, sizes, [0.5 * right, 0.99 * right]) == np.inf
     atoms.positions[4] = atoms.positions[7]
     assert suspicions.closest(atoms, sizes, [0.1]) == 0
+
+
+def test_cell_vectors_along_which_nothing_repeats_do_not_matter():
+    """A slab whose third vector lies in its plane is sound; two atoms on one spot are not."""
+    slab = Atoms("Cu2", [[0, 0, 0], [0, 0, 2]], cell=[[5, 0, 0], [0, 5, 0], [5, 5, 0]],
+                 pbc=[True, True, False])
+    assert suspicions.closest(slab, np.full(2, 0.5), [1, 3]) == pytest.approx(2)
+
+
+def test_frames_between_those_that_tell_the_unit_are_looked_at():
+    """Sixty frames tell the unit of lengths; atoms on each other are looked for in all."""
+    images = [frames.labelled(crystal(), source=f"frame {i}") for i in range(140)]
+    assert suspicions.distances(images) == []
+    images[1].positions[1] = images[1].positions[0] + [0, 0, 0.5]
+    text, = suspicions.distances(images)
+    assert "almost on each other in 1 of 140 frames: frame 1 " in text
 
 
 def test_turned_molecule_is_not_apart_and_its_mirror_image_is():
