@@ -464,7 +464,7 @@ def test_broken_line_of_json_is_refused(tmp_path):
 
 
 def test_structures_without_labels_can_be_read_from_json(tmp_path):
-    labelled = {**document(crystal()), "material_id": "mp-1", "by": "__ndarray__, as ASE has it"}
+    labelled = {**document(crystal()), "material_id": "mp-1", "by": "__ndarray__"}
     bare = document(crystal())["structure"]
     (tmp_path / "a.jsonl").write_text(json.dumps(bare) + "\n" + json.dumps(labelled))
     assert len(list(files.read_atoms(tmp_path / "a.jsonl"))) == 2
