@@ -360,6 +360,8 @@ WRONG = {  # words, what is in the input; and the sentence
     "a device without numbers": (["--device", "meta", "in"], "", "--device meta: PyTorch has no"),
     "an unknown command": (["in"], "rum 20\npair_style ${el}",
                            "in: LAMMPS says: ERROR: Unknown command: rum 20 (input.cpp:408)"),
+    "one before a variable": (["in"], "rum 20\ninclude ${name}.mod",
+                              "in: LAMMPS says: ERROR: Unknown command: rum 20 (input.cpp:408)"),
     "an unknown option": (["in", "-foo"], "", "LAMMPS does not begin -foo: Failed"),
 }
 

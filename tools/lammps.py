@@ -283,8 +283,9 @@ class Input:
         """
         if "$" in command and self.attached:
             return ""
+        _, path, *_ = self.expanded(command)
         try:
-            text = read_text(self.expanded(command)[1])
+            text = read_text(path)
         except BadInput:
             return ""  # LAMMPS will say it
         return text if re.search(r"^\s*(pair_style|pair_coeff|include)\b", text, re.M) else ""
@@ -297,7 +298,7 @@ class Input:
     def expanded(self, command: str) -> list[str]:
         """The words, with what LAMMPS's variables hold when it has read all before them."""
         words = self.words(command)
-        if "$" not in command:
+        if not any("$" in word for word in words):
             return words
         self.hand_on()
         obey(self.lmp.command, f"variable {FIX} index {' '.join(words)} {MARK}")
