@@ -495,7 +495,10 @@ def test_progress_is_a_line_now_and_then_in_a_file(example, tmp_path, capsys):
     path, wanted = example
     assert database.main([str(path), str(tmp_path / "a.db")]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        f"{path}: {len(wanted)} frames", f"{tmp_path / 'a.db'} is complete"]
+        f"{path}: {len(wanted)} frames",
+        f"note: not read of {path}: bandgap, e_per_atom_relaxed, ef_per_atom, energy_per_atom, "
+        f"magmom, uncorrected_total_energy",
+        f"{tmp_path / 'a.db'} is complete"]
 
 
 # ─── Memory ──────────────────────────────────────────────────────────────────────────────────────

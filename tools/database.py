@@ -29,7 +29,7 @@ import ase.db
 from ase import Atoms
 
 from tools import frames
-from tools.frames import LABELS, USUAL, BadInput, Names
+from tools.frames import LABELS, USUAL, BadInput, Names, Unread
 from tools.sets import COLUMNS
 
 BLOCK = 1000            # frames that are written at a time: what a kill loses at most
@@ -168,7 +168,7 @@ def convert(inputs: Sequence[str], out: str, names: Names = USUAL) -> None:
     labels than before, for a database that somebody else is writing.
     """
     paths = frames.expand(inputs)
-    ignored = set()
+    unread = Unread()
     try:
         writer = Writer(out, names)
         progress = Progress()
@@ -182,7 +182,7 @@ def convert(inputs: Sequence[str], out: str, names: Names = USUAL) -> None:
                 progress.end(f"{path}: {count} frames are there; going on")
 
             # frames that are there are read over; then block after block
-            found = islice(frames.iread(path, names, ignored), count, None)
+            found = islice(frames.iread(path, names, unread, say=progress.end), count, None)
             while block := list(islice(found, BLOCK)):
                 count += len(block)
                 writer.add(path, block, count, whole=False)
@@ -190,9 +190,8 @@ def convert(inputs: Sequence[str], out: str, names: Names = USUAL) -> None:
             writer.add(path, [], count, whole=True)
             progress.end(f"{path}: {count} frames")
         writer.finish()
-        if ignored:
-            progress.end(f"note: {', '.join(sorted(ignored))} are ignored: every frame counts the "
-                         f"same")
+        for text in unread.notes(", ".join(paths)):
+            progress.end(text)
     except sqlite3.Error as error:
         raise BadInput(f"{out}: cannot be written, or another process is writing into it "
                        f"({error})") from error

@@ -24,32 +24,18 @@ import facet
 from tools.frames import (
     BadInput,
     add_names,
-    check_labels,
     expand,
     gather_files,
-    images,
-    is_json,
-    labels_of,
     load_model,
     names_in,
     neighbours,
+    print_to_stderr,
     what_there_is,
     write_whole,
 )
-from tools.labels import (
-    LABELS,
-    MATERIAL_KEYS,
-    TABLE,
-    Names,
-    check,
-    find_labels,
-    group_of,
-    labelled,
-    read_labels,
-    word,
-)
+from tools.labels import LABELS, TABLE, Names
 from tools.options import add_evaluation, check_evaluation
-from tools.sets import Frames, InMemory, made_here, together
+from tools.sets import Frames
 
 PORTION = 1000  # frames whose neighbours are in memory at a time
 GROUPS = 20  # lines of groups at most
@@ -170,61 +156,9 @@ def print_table(what: str, rows: dict[str, dict], groups: dict[str, dict]) -> No
 def read(patterns: Sequence[str], names: Names) -> Frames:
     """The frames of files, globs and databases, checked, with the labels that they have, if any.
 
-    Raises BadInput for what tools.frames refuses, but frames may lack all labels, unless in JSON.
+    Raises BadInput for what tools.frames refuses, but frames may lack all labels.
     """
-    paths = expand(patterns)
-    parts = []
-    for path in paths:
-        if is_json(path) or made_here(path):
-            parts.append(gather_files([path], names))
-        else:
-            parts.append(Frames([InMemory(frames_of(path, names), path)]))
-
-    # a label that is there under another name is not passed over, nor is a name that nothing has
-    frames = together(*parts)
-    there = set(np.array(LABELS)[frames.labels().any(0)])
-    if there or any(names):
-        check_labels(names, there, paths)
-    return frames
-
-
-def frames_of(path: str, names: Names) -> list[ase.Atoms]:
-    """The frames of a file that ASE reads; see `read`."""
-    # everything that is in it
-    crystals = []
-    try:
-        for atoms in images(path):
-            crystals.append(atoms)
-    except Exception as error:  # whatever ASE's many readers stumble over
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise BadInput(
-            f"{path}, frame {len(crystals)}: cannot be read, is it complete and in a format that "
-            f"ASE knows? ({reason})"
-        ) from error
-    if not crystals:
-        raise BadInput(f"{path}: holds no structures")
-
-    # what of that counts here
-    found = []
-    for i, atoms in enumerate(crystals):
-        source = f"{path}, frame {i}"
-        results = labels_in(atoms, names, source)
-        material = ""
-        for key in MATERIAL_KEYS:
-            material = material or word(atoms.info.get(key, ""))
-        group = group_of(atoms.info)
-        frame = labelled(atoms, **results, source=source, material=material, group=group)
-        found.append(check(frame))
-    return found
-
-
-def labels_in(atoms: ase.Atoms, names: Names, source: str) -> dict:
-    """The labels of a frame, in ASE's names and units; nothing for one with no energy or forces."""
-    try:
-        found = find_labels(labels_of(atoms), names, {}, source)
-    except BadInput:  # which says that there are none
-        return {}
-    return read_labels(found, atoms, names.virial(), source)
+    return gather_files(expand(patterns), names, say=print_to_stderr, bare=True)
 
 
 # ─── What the model says of them ─────────────────────────────────────────────────────────────────

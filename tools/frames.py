@@ -12,11 +12,12 @@ and, if there is one, "stress" (six numbers in ASE's order and sign, eV/Å³). a
 it comes from ("source"), of which material it is ("material") and to which group of its data set
 it belongs ("group", from config_type or group in the file). A frame may lack energy or forces.
 
-What ASE reads is read (extxyz, traj, db, OUTCAR, vasprun.xml, …, .gz). Besides, JSON as MPtrj,
-MatPES and mlearn have it: tools.database turns that into a database.
+What ASE reads is read (extxyz, traj, db, OUTCAR, vasprun.xml, …, .gz). Besides, JSON and JSON
+Lines as MPtrj, MatPES and mlearn have them: tools.database turns these into a database.
 
-labels.py has one frame, its label names and checks; json_layouts.py the layouts of JSON; sets.py
-many frames, in memory or in a database, and how they are split; suspicions.py what looks wrong.
+files.py opens files, for every tool; labels.py has one frame, its label names and checks;
+json_layouts.py the layouts of JSON; sets.py many frames, in memory or in a database, and how they
+are split; suspicions.py what looks wrong.
 """
 from __future__ import annotations
 
@@ -25,35 +26,37 @@ import glob
 import os
 import shlex
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-import ase.db
 import ase.io
 import numpy as np
 from ase import Atoms, units
 from ase.data import chemical_symbols
-from ase.neighborlist import neighbor_list
 
 import facet
 from tools import emt, suspicions
+from tools.files import WARNING, in_one_sentence, is_json, keep_quiet, read_atoms, refuse_foreign
 from tools.json_layouts import frames_of_json, open_text, stream
 from tools.labels import (
+    ASE_ORDER,
     LABELS,
-    MATERIAL_KEYS,
     TABLE,
     USUAL,
     WEIGHTS,
     BadInput,
     Names,
     Runs,
+    Unread,
     check,
     find_labels,
     group_of,
     labelled,
+    material_in,
     name_help,
     read_labels,
-    word,
 )
 from tools.sets import (
     Frames,
@@ -70,6 +73,7 @@ from tools.sets import (
 from tools.sets import in_memory as in_memory  # for those who have Atoms already
 
 NONE = ("0",)  # of --valid and --test: no such set
+PATIENCE = 2.0  # seconds until checks that take long say so
 
 
 def print_to_stderr(text: str) -> None:
@@ -77,26 +81,7 @@ def print_to_stderr(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def keep_quiet(text: str) -> None:
-    """Say nothing."""
-
-
-# ─── What ASE reads ───────────────────────────────────────────────────────────────────────────────
-
-
-def images(path: str) -> Iterator[Atoms]:
-    """Everything in a file, as ASE reads it; an @ in the name is no index."""
-    if not path.lower().endswith(".db"):
-        yield from ase.io.iread(path, index=":", do_not_split_by_at_sign=True)
-        return
-
-    # a database that tools.database did not make: labels may be among its key-value pairs or data
-    with ase.db.connect(path, type="db", use_lock_file=False, serial=True) as database:
-        for row in database.select():
-            atoms = row.toatoms()
-            atoms.info.update(row.key_value_pairs)
-            atoms.info.update(row.data)
-            yield atoms
+# ─── Any file ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def labels_of(atoms: Atoms) -> dict:
@@ -109,71 +94,51 @@ def labels_of(atoms: Atoms) -> dict:
     return labels
 
 
-def frames_of_ase(path: str, names: Names, ignored: set[str]) -> Iterator[Atoms]:
-    """Frames of any file that ASE reads. Raises BadInput for a frame without labels.
+def frames_of_ase(path: str, names: Names, unread: Unread, bare: bool,
+                  say: Callable[[str], None]) -> Iterator[Atoms]:
+    """Frames of any file that ASE reads; see `iread`. Raises BadInput.
 
     A frame's material is what its info names, else its run (see Runs). One atom alone needs no
     forces: they are zero. A frame without a volume has no stress.
     """
     runs = Runs()
-    for i, atoms in enumerate(images(path)):
+    for i, atoms in enumerate(read_atoms(path, say)):
         source = f"{path}, frame {i}"
-        labels = labels_of(atoms)
-        ignored.update(name for name in labels if str(name).lower() in WEIGHTS)
+        found = find_labels(labels_of(atoms), names, {}, source, unread, bare)
+        results = read_labels(found, atoms, names.virial(), source, unread, ASE_ORDER)
 
-        found = find_labels(labels, names, {}, source)
-        results = read_labels(found, atoms, names.virial(), source)
-
-        # the material: its name, or its run
-        material = f"{path}: {atoms.symbols}, run {runs.number(atoms)}"
-        for key in MATERIAL_KEYS:
-            if key in atoms.info:
-                material = word(atoms.info[key])
-                break
-
+        material = material_in(atoms.info)
+        if not material and not bare:
+            material = f"{path}: {atoms.symbols}, run {runs.number(atoms)}"
         yield labelled(atoms, **results, source=source, material=material,
                        group=group_of(atoms.info))
 
 
-# ─── Any file ─────────────────────────────────────────────────────────────────────────────────────
-
-
-def is_json(path: str) -> bool:
-    """Whether the name is that of a JSON file, perhaps compressed."""
-    return path.lower().removesuffix(".gz").endswith(".json")
-
-
-def iread(path: str | Path, names: Names = USUAL,
-          ignored: set[str] | None = None) -> Iterator[Atoms]:
+def iread(path: str | Path, names: Names = USUAL, unread: Unread | None = None,
+          bare: bool = False, say: Callable[[str], None] = keep_quiet) -> Iterator[Atoms]:
     """The frames of one file, checked, one after another in little memory.
 
-    ignored: gets the names of columns that ask for weights. Raises BadInput: for a file that cannot
-    be read, that ends too early or holds nothing, for a frame without labels, and for all that
-    `check` refuses.
+    unread: gets the names of what is in the file and is not read; bare: frames may lack all labels,
+    and runs are not told apart; say: told what is doubtful about the file. Raises BadInput: for a
+    file that cannot be read, that ends too early or holds nothing, for a frame without labels, and
+    for all that `check` refuses.
     """
     path = str(path)
-    ignored = set() if ignored is None else ignored
+    unread = unread or Unread()
     count = 0
     try:
-        if is_json(path):
-            found = frames_of_json(path, names, ignored)
-        elif made_here(path):
+        refuse_foreign(path)
+        if made_here(path):
             found = gather_files([path], names)
+        elif is_json(path):
+            found = frames_of_json(path, names, unread, bare)
         else:
-            found = frames_of_ase(path, names, ignored)
+            found = frames_of_ase(path, names, unread, bare, say)
         for atoms in found:
             yield check(atoms)
             count += 1
-    except BadInput:
-        raise
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file") from None
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        cure = "is it complete and in a format that ASE knows?"
-        if "OUTCAR" in path:
-            cure = "try the vasprun.xml of the same calculation;"
-        raise BadInput(f"{path}, frame {count}: cannot be read, {cure} ({reason})") from error
+        raise in_one_sentence(error, path, count) from error
     if count == 0:
         raise BadInput(f"{path}: holds no structures")
 
@@ -223,7 +188,7 @@ def what_there_is(path: str) -> str:
             _, frame = next(stream(file))
         found = {**frame, **(frame.get("outputs") or {})}
     else:
-        found = labels_of(next(iter(images(path))))
+        found = labels_of(next(read_atoms(path)))
     return ", ".join(map(str, found)) or "nothing"
 
 
@@ -246,11 +211,14 @@ def check_labels(names: Names, found: set[str], paths: Sequence[str]) -> None:
 
 
 def gather_files(paths: list[str], names: Names, without: Sequence[str] = (),
-                 say: Callable[[str], None] = keep_quiet) -> Frames:
-    """The frames of these files, each of them a part. Raises BadInput."""
+                 say: Callable[[str], None] = keep_quiet, bare: bool = False) -> Frames:
+    """The frames of these files, each of them a part. Raises BadInput.
+
+    bare: frames may lack all labels; other arguments as for `read`.
+    """
     parts = []
     labels = set(without)  # those that there are; nobody misses the others
-    ignored = set()
+    unread = Unread()
     for path in paths:
         if made_here(path):
             parts.append(OnDisk(path, names, without))
@@ -258,17 +226,18 @@ def gather_files(paths: list[str], names: Names, without: Sequence[str] = (),
             continue
 
         found = []
-        for atoms in iread(path, names, ignored):
+        for atoms in iread(path, names, unread, bare, say):
             labels.update(atoms.calc.results)
             for name in without:
                 atoms.calc.results.pop(name, None)
             found.append(atoms)
         parts.append(InMemory(found, path))
 
-    check_labels(names, labels, paths)
-    if ignored:
-        say(f"note: {', '.join(sorted(ignored))} of {', '.join(paths)} are ignored: every frame "
-            f"counts the same")
+    # frames without labels miss none, unless their names are given
+    if any(names) or not bare or labels > set(without):
+        check_labels(names, labels, paths)
+    for text in unread.notes(", ".join(paths), without):
+        say(text)
     return Frames(parts)
 
 
@@ -276,8 +245,9 @@ def read(patterns: Sequence[str], names: Names = USUAL, without: Sequence[str] =
          say: Callable[[str], None] = keep_quiet) -> Frames:
     """All frames of files and globs, checked; databases stay on the disk.
 
-    without: labels that are not read; say: told what is ignored. Raises BadInput, also for JSON
-    files, which belong into a database, and for a name of a label that no frame has.
+    without: labels that are not read; say: told what else is not. Raises BadInput, also for JSON
+    of pymatgen's structures, which belongs into a database, and for a name of a label that no frame
+    has.
     """
     paths = expand(patterns)
     for path in paths:
@@ -357,7 +327,14 @@ def load_sets(settings, folder: str | Path,
     """
     names = Names(*[getattr(settings, name, "") for name in LABELS])
     without = [name for name in LABELS if getattr(settings, f"{name}_weight", 1) == 0]
-    tell = say or keep_quiet
+    doubts = []
+
+    def tell(text: str) -> None:
+        """Say it, and keep what is a warning."""
+        if text.startswith(WARNING):
+            doubts.append(text.removeprefix(WARNING))
+        if say is not None:
+            say(text)
 
     # what the files hold
     paths = settings.train
@@ -377,7 +354,10 @@ def load_sets(settings, folder: str | Path,
 
     # what looks wrong in them
     if say is not None:
-        look_at(given, say, getattr(settings, "strict", False))
+        look_at(given, tell)
+        if doubts and getattr(settings, "strict", False):
+            raise BadInput(f"{len(doubts)} warnings, which --strict turns into errors; the first: "
+                           f"{doubts[0]}")
 
     # nothing twice
     train = without_copies(train, tell)
@@ -393,24 +373,42 @@ def load_sets(settings, folder: str | Path,
     return train, given["valid"], given["test"]
 
 
-def look_at(given: dict[str, Frames], say: Callable[[str], None], strict: bool) -> None:
-    """Say which labels lack, where free atoms are, and what looks wrong, in the sets as given.
+class Patience:
+    """While something takes longer than two seconds: a line now and then that says what is done."""
 
-    Raises BadInput if something looks wrong, and strict.
-    """
-    found = []
+    def __init__(self, what: str, say: Callable[[str], None]):
+        self.what = what
+        self.say = say
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self.tell, daemon=True)
+
+    def tell(self) -> None:
+        start = time.monotonic()
+        wait = PATIENCE
+        while not self.over.wait(wait):
+            self.say(f"{self.what}, {time.monotonic() - start:.0f} s so far")
+            wait *= 2
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *_) -> None:
+        self.over.set()
+        self.thread.join()
+
+
+def look_at(given: dict[str, Frames], say: Callable[[str], None]) -> None:
+    """Say which labels lack, where free atoms are, and what looks wrong, in the sets as given."""
     for what, frames in given.items():
         tell_labels(frames, f"of the {what} set", say)
         free = np.flatnonzero(free_atoms(frames))
         if what != "training" and len(free):
             say(f"note: {len(free)} free atoms of the {what} set stay there and are not trained "
                 f"on, the first of them {frames[free[0]].info['source']}")
-        for text in warnings(frames):
-            say(f"warning: {text}")
-            found.append(text)
-    if found and strict:
-        raise BadInput(f"{len(found)} warnings, which --strict turns into errors; the first: "
-                       f"{found[0]}")
+        with Patience(f"checking {len(frames)} frames of the {what} set", say):
+            found = warnings(frames)
+        for text in found:
+            say(WARNING + text)
 
 
 def contradictions(frames: Frames) -> list[str]:
@@ -441,13 +439,14 @@ def warnings(frames: Frames) -> list[str]:
 # ─── Command ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def shortest_distance(crystals: list[Atoms], cutoff: float = 4.0) -> tuple[float, str]:
-    """The shortest distance between two atoms (Å) and its frame; infinity if none is in cutoff."""
+def shortest_distance(crystals: list[Atoms]) -> tuple[float, str]:
+    """The shortest distance between two atoms (Å) and its frame; infinity if none is in 4 Å."""
     shortest = (np.inf, "")
     for atoms in crystals:
-        distances = neighbor_list("d", atoms, cutoff)
-        if len(distances) and distances.min() < shortest[0]:
-            shortest = (float(distances.min()), atoms.info["source"])
+        halves = np.full(len(atoms), 0.5)  # the sum of two is 1 Å
+        distance = suspicions.closest(atoms, halves, (0.25, 0.5, 1.0, 2.0, 3.0, 4.0))
+        if distance < shortest[0]:
+            shortest = (distance, atoms.info["source"])
     return shortest
 
 
@@ -524,7 +523,7 @@ def report(frames: Frames) -> str:
 
     found = warnings(frames)
     for text in found:
-        lines.append(f"warning: {text}")
+        lines.append(WARNING + text)
     if not found:
         lines.append("no warnings")
     return "\n".join(lines)
@@ -551,7 +550,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         found = gather_files(expand(options.files), names_in(options), say=print_to_stderr)
-        print(report(found))
+        with Patience(f"looking at {len(found)} frames", print_to_stderr):
+            page = report(found)
+        print(page)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

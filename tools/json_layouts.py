@@ -1,6 +1,7 @@
 """JSON as MPtrj, MatPES and mlearn have it, to frames: streamed, whatever the size of the file.
 
-Each layout has its own small table of names and orders (see Layout). tools.frames.iread calls this.
+Each layout has its own small table of names and orders (see Layout). A file is a list of documents,
+JSON Lines (a document on each line), or MPtrj's object of objects. tools.frames.iread calls this.
 """
 from __future__ import annotations
 
@@ -17,10 +18,10 @@ from tools.labels import (
     KBAR,
     MATERIAL_KEYS,
     VASP_ORDER,
-    WEIGHTS,
     BadInput,
     Names,
     Runs,
+    Unread,
     find_labels,
     group_of,
     labelled,
@@ -48,6 +49,8 @@ MLEARN = Layout({"stress": ("virial_stress",)}, VASP_ORDER)
 
 # a list of structures with labels; only a stress of nine numbers says what it means
 LIST = Layout({}, "")
+
+ORDERED_ONLY = "only ordered crystals can be read"
 
 # hydrogen under names that ASE does not know: an isotope has the same forces
 ISOTOPES = {"D": "H", "T": "H"}
@@ -86,6 +89,24 @@ class Text:
             if not self.text:
                 raise EOFError("the file ends too early")
 
+    def more(self) -> bool:
+        """Whether the file goes on."""
+        try:
+            return bool(self.peek())
+        except EOFError:
+            return False
+
+    def is_lines(self) -> bool:
+        """Whether the first line, if the buffer holds it, is a structure by itself."""
+        if not self.more():
+            return False
+        line = self.text[self.at:].partition("\n")[0]
+        try:
+            first = json.loads(line) if line[0] == "{" else {}
+        except json.JSONDecodeError:
+            return False
+        return not {"structure", "sites"}.isdisjoint(first)
+
     def skip(self) -> None:
         """Go on behind the next character."""
         self.peek()
@@ -116,9 +137,14 @@ class Text:
 def stream(file, size: int = 2 ** 22) -> Iterator[tuple[list[str], dict]]:
     """The objects of [{…}, …], or of {key: {key: {…}, …}, …} with their two keys, one by one.
 
-    Never is the whole text in memory. Raises EOFError, ValueError.
+    Or those of JSON Lines: a document on each line. Never is the whole text in memory. Raises
+    EOFError, ValueError.
     """
     text = Text(file, size)
+    if text.is_lines():
+        while text.more():
+            yield [], text.value()
+        return
     if text.peek() == "[":
         text.skip()
         while text.peek() != "]":
@@ -148,13 +174,11 @@ def crystal(structure: dict, source: str) -> Atoms:
     numbers = []
     for site in structure["sites"]:
         if len(site["species"]) != 1:
-            raise BadInput(f"{source}: a site is shared by several elements; only ordered crystals "
-                           f"can be trained on")
+            raise BadInput(f"{source}: a site is shared by several elements; {ORDERED_ONLY}")
         species = site["species"][0]
         occupancy = species.get("occu", 1)
         if abs(occupancy - 1) > 1e-6:
-            raise BadInput(f"{source}: a site is occupied to {occupancy:g}; only ordered crystals "
-                           f"can be trained on")
+            raise BadInput(f"{source}: a site is occupied to {occupancy:g}; {ORDERED_ONLY}")
         symbol = ISOTOPES.get(species["element"], species["element"])
         if symbol not in atomic_numbers:
             raise BadInput(f"{source}: {symbol!r} is no element")
@@ -178,7 +202,7 @@ def material_of(keys: list[str], frame: dict, source: str) -> str:
     if keys:
         return word(keys[0])
     for key in MATERIAL_KEYS:
-        if frame.get(key) is not None:
+        if frame.get(key) not in (None, ""):
             return word(frame[key])
     original = (frame.get("provenance") or {}).get("original_mp_id")
     if original is not None:
@@ -188,24 +212,19 @@ def material_of(keys: list[str], frame: dict, source: str) -> str:
     return source
 
 
-def frame_of_json(keys: list[str], frame: dict, names: Names, source: str,
-                  ignored: set[str]) -> Atoms:
-    """One frame of a JSON file. Raises BadInput, and KeyError or the like for what is no frame."""
-    if not isinstance(frame, dict):
-        raise BadInput(f"{source}: is no structure with labels, but {str(frame)[:40]!r}")
+def frame_of_json(keys: list[str], frame: dict, atoms: Atoms, names: Names, source: str,
+                  unread: Unread, bare: bool) -> Atoms:
+    """One frame of a JSON file with its labels. Raises BadInput."""
     labels = {**frame, **(frame.get("outputs") or {})}
-    ignored.update(name for name in labels if name.lower() in WEIGHTS)
     layout = layout_of(keys, labels)
-
-    if frame.get("structure") is None:
-        raise BadInput(f"{source}: has no structure; it has {', '.join(labels)}")
-    atoms = crystal(frame["structure"], source)
-    found = find_labels(labels, names, layout.names, source)
+    for name in ("structure", "outputs", "provenance", "description"):
+        labels.pop(name, None)
+    found = find_labels(labels, names, layout.names, source, unread, bare)
 
     # the layout tells the order of its own stress, not that of another name
     own = layout.names.get("stress", ("stress",))
     order = layout.order if not names.stress or names.stress in own else ""
-    results = read_labels(found, atoms, names.virial(), source, order, KBAR)
+    results = read_labels(found, atoms, names.virial(), source, unread, order, KBAR)
     return labelled(atoms, **results, source=source, material=material_of(keys, frame, source),
                     group=group_of(frame))
 
@@ -216,17 +235,39 @@ def open_text(path: str):
     return opener(path, "rt", encoding="utf-8-sig")  # -sig: a byte-order mark is skipped
 
 
-def frames_of_json(path: str, names: Names, ignored: set[str]) -> Iterator[Atoms]:
-    """Frames of a JSON file, streamed. Raises BadInput for a frame that is not understood."""
-    runs = Runs()
+def documents(path: str) -> Iterator[tuple[str, list[str], dict, Atoms]]:
+    """Source, keys, all that is there, and structure of every frame of a JSON file, streamed.
+
+    Raises BadInput for what is no structure.
+    """
     with open_text(path) as file:
         for i, (keys, frame) in enumerate(stream(file)):
             source = f"{path}, frame {keys[1] if keys else i}"
+            if not isinstance(frame, dict):
+                raise BadInput(f"{source}: is no structure with labels, but {str(frame)[:40]!r}")
+            structure = frame if "sites" in frame else frame.get("structure")
+            if structure is None:
+                raise BadInput(f"{source}: has no structure; it has {', '.join(frame)}")
             try:
-                atoms = frame_of_json(keys, frame, names, source, ignored)
+                atoms = crystal(structure, source)
             except (KeyError, TypeError, IndexError, AttributeError) as error:
                 raise BadInput(f"{source}: is no structure as pymatgen writes it "
                                f"({type(error).__name__}: {error})") from error
-            if atoms.info["material"] == source:  # no name of it
-                atoms.info["material"] = f"{path}: {atoms.symbols}, run {runs.number(atoms)}"
-            yield atoms
+            yield source, keys, frame, atoms
+
+
+def structures_of_json(path: str) -> Iterator[Atoms]:
+    """Structures of a JSON file, with their material and group in info. Raises BadInput."""
+    for source, keys, frame, atoms in documents(path):
+        atoms.info = {"material": material_of(keys, frame, source), "group": group_of(frame)}
+        yield atoms
+
+
+def frames_of_json(path: str, names: Names, unread: Unread, bare: bool) -> Iterator[Atoms]:
+    """Frames of a JSON file; bare: they may lack labels. Raises BadInput for what is no frame."""
+    runs = Runs()
+    for source, keys, frame, structure in documents(path):
+        atoms = frame_of_json(keys, frame, structure, names, source, unread, bare)
+        if atoms.info["material"] == source and not bare:  # no name of it
+            atoms.info["material"] = f"{path}: {atoms.symbols}, run {runs.number(atoms)}"
+        yield atoms

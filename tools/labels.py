@@ -9,6 +9,7 @@ new label is one entry there, and an output of that name in Facet.atomic_outputs
 from __future__ import annotations
 
 from collections import deque, namedtuple
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,8 +27,9 @@ KBAR = -0.1 * units.GPa
 # a lone atom whose images are all farther away than this is a free atom, Å
 FREE = 10.0
 
-# info of a frame that names its material, if a file has it
-MATERIAL_KEYS = ("mptrj_traj_id", "material_id", "material")
+# info of a frame that names its material or its group, if a file has it
+MATERIAL_KEYS = ("mp_id", "mptrj_traj_id", "material_id", "material")
+GROUP_KEYS = ("config_type", "group")
 
 # columns that ask for weights: there are none here, every frame counts the same
 WEIGHTS = ("config_weight", "config_energy_weight", "config_forces_weight", "config_stress_weight",
@@ -65,6 +67,7 @@ class Label:
     per_atom: bool = False       # a row for each atom, else one for each crystal
     shape: tuple[int, ...] = ()  # of a row; (6,): a symmetric tensor, in ASE's order
     expected: bool = False       # a frame has one of those expected; if it lacks another: a note
+    also: tuple[str, ...] = ()   # other usual names in files
 
     # What the model makes of it
     output: str = ""             # name among the outputs of the model; "": as above
@@ -109,7 +112,7 @@ TABLE = (
     Label("energy", "eV", expected=True, extensive=True,
           grows=True, scaled=True, sharper=10, loss_digits=5,
           log=Unit("meV/atom", 1000, 2), report=Unit("meV/atom", 1000, 2, 21)),
-    Label("forces", "eV/Å", per_atom=True, shape=(3,), expected=True,
+    Label("forces", "eV/Å", per_atom=True, shape=(3,), expected=True, also=("force",),
           weight=None, scaled=True,
           quantity="force", log=Unit("meV/Å", 1000, 1, 7), report=Unit("eV/Å", 1, 4, 27)),
     Label("stress", "eV/Å³", shape=(6,), output="virial", per_volume=True,
@@ -202,14 +205,54 @@ def is_free(atoms: Atoms) -> bool:
     return len(neighbor_list("i", atoms, FREE)) == 0
 
 
-def look_up(labels: dict, name: str):
-    """The label of that name, or of that name in other capitals; None if there is none."""
+def key_of(labels: dict, name: str) -> str | None:
+    """This name, or the same in other capitals, if a label has it; None if none has."""
     if labels.get(name) is not None:
-        return labels[name]
+        return name
     for other, value in labels.items():
         if isinstance(other, str) and other.lower() == name.lower() and value is not None:
-            return value
+            return other
     return None
+
+
+def look_up(labels: dict, name: str):
+    """The label of that name, or of that name in other capitals; None if there is none."""
+    return labels.get(key_of(labels, name))
+
+
+class Unread:
+    """Names of what files hold and nobody reads: said once."""
+
+    def __init__(self):
+        self.names = set()
+
+    def add(self, there: dict, used: set[str]) -> None:
+        """All that a frame has, but what is used of it."""
+        for name, value in there.items():
+            known = name in used or name in MATERIAL_KEYS or str(name).lower() in GROUP_KEYS
+            same = name == "free_energy" and value == there.get("energy")
+            if not known and not same and value is not None:
+                self.names.add(str(name))
+
+    def notes(self, where: str, without: Sequence[str] = ()) -> list[str]:
+        """What to say of the files. without: labels that nobody wants."""
+        weights = []
+        others = []
+        for name in sorted(self.names):
+            stress = "virial" in name.lower() or "stress" in name.lower()
+            if name.lower() in WEIGHTS:
+                weights.append(name)
+            elif name.lower() in ("virial", "virials") and "stress" not in without:
+                others.append(f"{name} (--stress {name} reads it)")
+            elif not stress or "stress" not in without:
+                others.append(name)
+        found = []
+        if weights:
+            found.append(f"note: {', '.join(weights)} of {where} are ignored: every frame counts "
+                         f"the same")
+        if others:
+            found.append(f"note: not read of {where}: {', '.join(others)}")
+        return found
 
 
 def numbers_in(value, what: str, source: str) -> np.ndarray:
@@ -265,10 +308,18 @@ def word(name) -> str:
 
 def group_of(info: dict) -> str:
     """What the file calls the group of the frame."""
-    for key in ("config_type", "group"):
+    for key in GROUP_KEYS:
         found = look_up(info, key)
         if found is not None:
             return word(found)
+    return ""
+
+
+def material_in(info: dict) -> str:
+    """What the file calls the material of the frame; "" if it has no name."""
+    for key in MATERIAL_KEYS:
+        if info.get(key) is not None and str(info[key]):
+            return word(info[key])
     return ""
 
 
@@ -307,35 +358,43 @@ class Runs:
         return number
 
 
-def find_labels(there: dict, names: Names, usual: dict, source: str) -> dict:
+def find_labels(there: dict, names: Names, usual: dict, source: str, unread: Unread,
+                bare: bool = False) -> dict:
     """What a file says of each label of the table, under the name given or the first usual one.
 
-    there: all that the frame has, by name; usual: {label: names}, its own name where there is none.
-    Raises BadInput if there is none of the labels that are expected.
+    there: all that the frame has, by name; usual: {label: names}, its own names where there are
+    none; unread: gets the names of all the rest. Raises BadInput if there is none of the labels
+    that are expected, unless the frame may be bare: then it is left without any.
     """
     found = {}
+    used = set()
     for label in TABLE:
         given = getattr(names, label.name)
-        for name in [given] if given else usual.get(label.name, (label.name,)):
-            if found.get(label.name) is None:
-                found[label.name] = look_up(there, name)
+        usually = usual.get(label.name, (label.name, *label.also))
+        keys = [key_of(there, name) for name in ([given] if given else usually)]
+        key = next((key for key in keys if key is not None), None)
+        found[label.name] = there.get(key)
+        used.add(key)
+    unread.add(there, used)
 
     expected = [label.name for label in TABLE if label.expected]
-    if all(found[name] is None for name in expected):
-        lacking = " and no ".join(getattr(names, name) or name for name in expected)
-        options = " and ".join(f"--{name}" for name in expected)
-        raise BadInput(f"{source}: has no {lacking}; it has {', '.join(map(str, there))}. Tell "
-                       f"names by {options}, or remove the frame")
-    return found
+    if any(found[name] is not None for name in expected):
+        return found
+    if bare:
+        return dict.fromkeys(LABELS)
+    lacking = " and no ".join(getattr(names, name) or name for name in expected)
+    options = " and ".join(f"--{name}" for name in expected)
+    raise BadInput(f"{source}: has no {lacking}; it has {', '.join(map(str, there))}. Tell names "
+                   f"by {options}, or remove the frame")
 
 
-def read_labels(found: dict, atoms: Atoms, virial: bool, source: str, order: str = ASE_ORDER,
-                unit: float = 1.0) -> dict:
+def read_labels(found: dict, atoms: Atoms, virial: bool, source: str, unread: Unread,
+                order: str = "", unit: float = 1.0) -> dict:
     """What a file says of the labels → what atoms.calc.results has. Raises BadInput.
 
-    virial: what is found under stress is minus the volume times the stress, eV; a frame without a
-    volume has none. order: of six numbers of stress; unit: of the stress, in eV/Å³.
-    One atom alone needs no forces: they are zero.
+    virial: what is found under stress is minus the volume times the stress, eV. A frame without a
+    volume has no stress: `unread` is told. order: of six numbers of stress; unit: of the stress,
+    in eV/Å³. One atom alone needs no forces: they are zero.
     """
     results = {}
     for label in TABLE:
@@ -343,7 +402,8 @@ def read_labels(found: dict, atoms: Atoms, virial: bool, source: str, order: str
         if value is None:
             continue
         if label.shape == (6,):
-            if virial and atoms.cell.rank < 3:
+            if atoms.cell.rank < 3:
+                unread.names.add(f"{label.name} of frames without a volume")
                 continue
             value = six_numbers(value, order, source)
         elif label.full_shape(len(atoms)) == ():
@@ -352,7 +412,7 @@ def read_labels(found: dict, atoms: Atoms, virial: bool, source: str, order: str
             value = numbers_in(value, label.name, source)
         results[label.name] = value
 
-    if len(atoms) == 1:
+    if len(atoms) == 1 and results:
         results.setdefault("forces", np.zeros((1, 3)))
     if results.get("stress") is not None:
         stress = results["stress"]

@@ -51,7 +51,7 @@ class InMemory:
         return np.unique(np.concatenate([atoms.numbers for atoms in self.images]))
 
     def compositions(self, numbers: np.ndarray) -> np.ndarray:
-        counts = np.zeros((len(self), len(numbers)), np.int16)
+        counts = np.zeros((len(self), len(numbers)), np.int32)
         for row, atoms in enumerate(self.images):
             counts[row] = (atoms.numbers[:, None] == numbers).sum(0)
         return counts
@@ -159,7 +159,7 @@ class OnDisk:
     def compositions(self, numbers: np.ndarray) -> np.ndarray:
         fields = [("id", int), ("Z", int), ("n", int)]
         found = np.fromiter(self.select("SELECT id, Z, n FROM species"), fields)
-        counts = np.zeros((len(self), len(numbers)), np.int16)
+        counts = np.zeros((len(self), len(numbers)), np.int32)
         for k, number in enumerate(numbers):
             here = found[found["Z"] == number]
             counts[np.searchsorted(self.ids, here["id"]), k] = here["n"]
@@ -253,7 +253,7 @@ class Frames(Sequence):
     def compositions(self, numbers: Sequence[int]) -> np.ndarray:
         """Atoms of each element, by atomic number, in every frame, [F, Z]."""
         numbers = np.asarray(numbers, int)
-        empty = np.zeros((0, len(numbers)), np.int16)
+        empty = np.zeros((0, len(numbers)), np.int32)
         return self.gather([empty] + [part.compositions(numbers) for part in self.parts])
 
     def energies(self) -> np.ndarray:

@@ -16,8 +16,9 @@ from collections.abc import Sequence
 import numpy as np
 from ase import Atoms
 from ase.data import covalent_radii
-from ase.neighborlist import primitive_neighbor_list
 from ase.stress import voigt_6_to_full_3x3_stress
+
+import facet
 
 ENERGY = 1.0            # eV/atom: an energy that is nearer to the fit is never an outlier …
 SPREADS = 25            # … nor one within so many times the typical distance from it
@@ -27,6 +28,7 @@ SHORT = 0.4             # shortest distance over the sum of covalent radii: name
 SHORT_SET = 0.6         # the same, if most frames are below it
 NM_SET = 0.25           # the same, if they are so far below it that positions may be in nm
 LONG_SET = 1.4          # the same, if most frames are above it: hot metals have 0.8, Tl 1.2
+REACHES = (0.1, NM_SET, SHORT, SHORT_SET, 0.8, 1.0, 1.2, LONG_SET)  # where atoms are looked for
 WORK = 50.0             # eV/atom, stress times volume: 1 TPa is 30 in dense matter, kbar hundreds
 FORCE_WORK = 30 * 2.5   # Å: the same in terms of forces; a hot dense crystal has less
 TINY = 0.002            # strain: cells that differ by less count as equal
@@ -123,8 +125,14 @@ def apart(a: Atoms, b: Atoms) -> float:
     """RMS distance between two configurations of the same atoms, Å; molecules may have turned."""
     if a.cell.rank == 3 and b.cell.rank == 3:
         return float(np.sqrt((displacements(a, b) ** 2).sum(1).mean()))
-    difference = a.get_all_distances() - b.get_all_distances()
-    return float(np.sqrt(np.mean(difference ** 2)))
+
+    # the rotation that brings them closest follows from singular values (Kabsch)
+    left = a.positions - a.positions.mean(0)
+    right = b.positions - b.positions.mean(0)
+    u, together, vt = np.linalg.svd(left.T @ right)
+    together[2] *= np.sign(np.linalg.det(u) * np.linalg.det(vt))  # a mirror is no rotation
+    square = (left ** 2).sum() + (right ** 2).sum() - 2 * together.sum()  # Å²
+    return float(np.sqrt(max(square, 0.0) / len(a)))
 
 
 def same_atoms(a: Atoms, b: Atoms) -> bool:
@@ -239,13 +247,29 @@ def large_forces(crystals: list[Atoms]) -> list[str]:
             f"{np.median(largest):.2g} is usual): is the geometry sound, the unit eV/Å?"]
 
 
+def closest(atoms: Atoms, sizes: np.ndarray, reaches: Sequence[float]) -> float:
+    """Smallest distance of two atoms over the sum of their sizes [N], images included.
+
+    Infinity if it is above the last of the reaches. These rise: pairs are only looked for as far
+    as it takes, so that time and memory grow as the number of atoms. Atoms on one spot: 0.
+    """
+    cell = np.where(atoms.pbc[:, None], atoms.cell.array, 0.0)  # [3, 3], the others do not matter
+    for reach in reaches:
+        cutoff = 2 * reach * sizes.max()
+        try:
+            i, j, _, vectors = facet.neighbour_list(atoms.positions, cell, atoms.pbc, cutoff)
+        except ValueError:  # the geometry was checked: two atoms sit on one spot
+            return 0.0
+        ratio = np.linalg.norm(vectors, axis=1) / (sizes[i] + sizes[j])
+        if (ratio < reach).any():
+            return float(ratio.min())
+    return np.inf
+
+
 def nearest(atoms: Atoms, within: float) -> float:
     """Shortest distance over the sum of covalent radii; infinity if it is not within this."""
-    radii = covalent_radii[atoms.numbers]
-    i, j, distance = primitive_neighbor_list(
-        "ijd", atoms.pbc, atoms.get_cell(complete=True), atoms.positions, list(within * radii),
-        max_nbins=1000)  # a cell in pm would be cut into millions
-    return float((distance / (radii[i] + radii[j])).min()) if len(i) else np.inf
+    reaches = [reach for reach in REACHES if reach <= within]
+    return closest(atoms, covalent_radii[atoms.numbers], reaches)
 
 
 def distances(crystals: list[Atoms]) -> list[str]:
@@ -254,25 +278,30 @@ def distances(crystals: list[Atoms]) -> list[str]:
     if not several:
         return []
 
-    # some frames tell the unit; noble gases never come close
+    # some frames tell the unit
     some = [several[k] for k in np.unique(np.linspace(0, len(several) - 1, 60).astype(int))]
-    for within, question in ((NM_SET, "are positions in nm?"),
-                             (SHORT_SET, "were positions turned from Bohr into Å twice?")):
-        ratio = np.array([nearest(crystals[i], within) for i in some])
-        if np.isfinite(np.median(ratio)):
+    ratio = np.array([nearest(crystals[i], LONG_SET) for i in some])
+    middle = np.median(ratio)
+    for limit, question in ((NM_SET, "are positions in nm?"),
+                            (SHORT_SET, "were positions turned from Bohr into Å twice?")):
+        if middle < limit:
             example = crystals[some[int(ratio.argmin())]]
             return [f"atoms are too close in most frames, such as {example.info['source']}: "
-                    f"shortest distances are {np.median(ratio):.2g} times what covalent radii add "
-                    f"up to: {question}"]
-    bonded = [i for i in some if not np.isin(crystals[i].numbers, NOBLE).all()]
-    far = [i for i in bonded if not np.isfinite(nearest(crystals[i], LONG_SET))]
-    if len(far) > len(bonded) / 2:
-        return [f"atoms are far apart in most frames, such as {crystals[far[0]].info['source']}: "
-                f"shortest distances are above {LONG_SET} times what covalent radii add up to: are "
-                f"positions in Bohr or pm?"]
+                    f"shortest distances are {middle:.2g} times what covalent radii add up to: "
+                    f"{question}"]
 
-    ratio = np.array([nearest(crystals[i], SHORT) for i in several])
-    short = np.flatnonzero(np.isfinite(ratio))
+    # noble gases never come close
+    bonded = [not np.isin(crystals[i].numbers, NOBLE).all() for i in some]
+    far = np.flatnonzero(bonded & np.isinf(ratio))
+    if len(far) > sum(bonded) / 2:
+        return [f"atoms are far apart in most frames, such as "
+                f"{crystals[some[far[0]]].info['source']}: shortest distances are above {LONG_SET} "
+                f"times what covalent radii add up to: are positions in Bohr or pm?"]
+
+    # single frames
+    known = dict(zip(some, ratio))
+    ratio = np.array([known[i] if i in known else nearest(crystals[i], SHORT) for i in several])
+    short = np.flatnonzero(ratio < SHORT)
     if len(short) == 0:
         return []
     short = short[np.argsort(ratio[short], kind="stable")]
