@@ -364,7 +364,7 @@ def find_labels(there: dict, names: Names, usual: dict, source: str, unread: Unr
 
     there: all that the frame has, by name; usual: {label: names}, its own names where there are
     none; unread: gets the names of all the rest. Raises BadInput if there is none of the labels
-    that are expected, unless the frame may be bare: then it is left without any.
+    that are expected, unless the frame may be bare.
     """
     found = {}
     used = set()
@@ -378,10 +378,8 @@ def find_labels(there: dict, names: Names, usual: dict, source: str, unread: Unr
     unread.add(there, used)
 
     expected = [label.name for label in TABLE if label.expected]
-    if any(found[name] is not None for name in expected):
+    if bare or any(found[name] is not None for name in expected):
         return found
-    if bare:
-        return dict.fromkeys(LABELS)
     lacking = " and no ".join(getattr(names, name) or name for name in expected)
     options = " and ".join(f"--{name}" for name in expected)
     raise BadInput(f"{source}: has no {lacking}; it has {', '.join(map(str, there))}. Tell names "
