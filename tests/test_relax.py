@@ -402,7 +402,7 @@ def test_folder_in_the_place_of_a_file_ends_with_one_sentence(name, folder):
     (folder / name).mkdir()
     with pytest.raises(SystemExit) as end:
         command(folder)
-    assert f"{folder / name}: " in end.value.code and "\n" not in end.value.code
+    assert str(folder / name) in end.value.code and "\n" not in end.value.code
     assert list((folder / name).iterdir()) == []
 
 
