@@ -349,6 +349,17 @@ def test_stress_alone_is_a_label(path, model, tmp_path):
     assert printed[2] == evaluate.table_line("Facet", table)
 
 
+def test_group_that_cannot_be_written_does_not_spoil_the_file(path, tmp_path, capsys):
+    frames = [atoms.copy() for atoms in crystals(3)]
+    for atoms, group in zip(frames, ("one", "over\ntwo lines", "three"), strict=True):
+        atoms.info = {"config_type": group}
+    ase.io.write(tmp_path / "in.traj", frames)
+    command(path, tmp_path / "in.traj", "--out", tmp_path / "out.extxyz")
+    assert "note: extended XYZ cannot hold the group of a frame: left" in capsys.readouterr().err
+    found = ase.io.read(tmp_path / "out.extxyz", ":")
+    assert [atoms.info.get("group") for atoms in found] == ["one", None, "three"]
+
+
 def as_json(atoms: ase.Atoms, **labels) -> dict:
     """A document of pymatgen's structure, with labels."""
     sites = []

@@ -341,50 +341,62 @@ def equal(value, again) -> bool:
     return True
 
 
+def leave_out(atoms: ase.Atoms) -> set[str]:
+    """Remove from info and arrays what extended XYZ cannot hold. Returns the names of that."""
+    lost = set()
+    if comes_back(atoms):
+        return lost
+    for place in (atoms.info, atoms.arrays):
+        for name in set(place) - {"numbers", "positions"}:
+            alone = ase.Atoms(atoms.numbers, cell=atoms.cell, pbc=atoms.pbc)
+            where = alone.info if place is atoms.info else alone.arrays
+            where[name] = place[name]
+            if not comes_back(alone):
+                lost.add(str(name))
+                del place[name]
+    return lost
+
+
+def along_axes(atoms: ase.Atoms) -> bool:
+    """Whether all directions that are fixed are x, y, z, as extended XYZ has them.
+
+    If so, the constraints say it that way afterwards. Raises BadInput for other constraints.
+    """
+    if {type(constraint) for constraint in atoms.constraints} <= {FixAtoms, FixCartesian}:
+        return True
+    free = freedom(atoms)  # [N, 3, 3]
+    axes = free.diagonal(axis1=1, axis2=2) > 0.5  # [N, 3]
+    if not np.allclose(free, axes[:, :, None] * np.eye(3)):
+        return False
+    fixed = np.flatnonzero(~axes.all(1))
+    atoms.set_constraint([FixCartesian([i], ~axes[i]) for i in fixed])
+    return True
+
+
 def prepare(crystals: list[ase.Atoms], path: Path, cell: bool, say: Callable[[str], None]) -> None:
-    """Leave out what extended XYZ cannot hold, and say so, before anything is relaxed.
+    """Leave out what the output cannot hold, and say it, before anything is relaxed.
 
     cell: whether cells will relax. Raises BadInput for constraints that cannot be kept.
     """
-    slanted = False
     lost = set()
+    straight = True
     for s, atoms in enumerate(crystals):
         # labels of the file would be in the way of those of the model
         for name in all_properties:
             atoms.info.pop(name, None)
             atoms.arrays.pop(name, None)
+        try:
+            straight = along_axes(atoms) and straight
+        except BadInput as error:
+            raise BadInput(f"{path}: crystal {s}: {error}") from None
+        lost |= leave_out(atoms)
 
-        # fixed directions other than x, y, z
-        kinds = {type(constraint) for constraint in atoms.constraints}
-        if kinds - {FixAtoms, FixCartesian}:
-            try:
-                free = freedom(atoms)  # [N, 3, 3]
-            except BadInput as error:
-                raise BadInput(f"{path}: crystal {s}: {error}") from None
-            axes = free.diagonal(axis1=1, axis2=2) > 0.5  # [N, 3]
-            fixed = np.flatnonzero(~axes.all(1))
-            if np.allclose(free, axes[:, :, None] * np.eye(3)):
-                atoms.set_constraint([FixCartesian([i], ~axes[i]) for i in fixed])
-            else:
-                slanted = True
-
-        # entries that cannot be written, or not be read again
-        if comes_back(atoms):
-            continue
-        for place in (atoms.info, atoms.arrays):
-            for name in set(place) - {"numbers", "positions"}:
-                alone = ase.Atoms(atoms.numbers, cell=atoms.cell, pbc=atoms.pbc)
-                where = alone.info if place is atoms.info else alone.arrays
-                where[name] = place[name]
-                if not comes_back(alone):
-                    lost.add(str(name))
-                    del place[name]
     if cell and any(atoms.constraints for atoms in crystals):
         say(
             f"note: fixed atoms of {path} stay at their place in the cell, which relaxes; "
             "--no-cell keeps them where they are"
         )
-    if slanted:
+    if not straight:
         say(
             f"note: directions in which atoms of {path} are fixed are not x, y and z; that holds "
             "while they relax, but extended XYZ cannot tell it"
