@@ -226,15 +226,14 @@ CONSTRAINTS = {  # and whether ASE's steps are the same with a cell that relaxes
 def test_fixed_atoms_stay_by_the_steps_of_ase(kind, cell):
     constraints, same = CONSTRAINTS[kind]
     start = held(*constraints)
-    got, = relax(build(), [start], fmax=0.05, steps=20, cell=cell)
-    free, = relax(build(), [MOVING[0]], fmax=0.05, steps=20, cell=cell)
+    got, free = relax(build(), [start, MOVING[0]], fmax=0.05, steps=10, cell=cell)
     assert np.abs(got.positions - free.positions).max() > 0.01, "a control: they would move"
     assert str(got.constraints) == str(start.constraints)
     if same or not cell:
         want = start.copy()
         want.calc = facet.FacetCalculator(build(), device="cpu", dtype=torch.float64)
         optimizer = FIRE(FrechetCellFilter(want) if cell else want, logfile=None)
-        converged = optimizer.run(fmax=0.05, steps=20)
+        converged = optimizer.run(fmax=0.05, steps=10)
         assert got.info == {"steps": optimizer.nsteps, "converged": converged}
         close(got.positions, want.positions)
         close(got.cell.array, want.cell.array)
@@ -244,7 +243,7 @@ def test_fixed_atoms_stay_by_the_steps_of_ase(kind, cell):
     was = start.positions if not cell else start.cell.scaled_positions(start.positions)
     if kind == "atoms":
         assert np.abs(where - was)[[0, 3]].max() <= 1e-14 * cell
-        assert np.abs(where - was)[1] .max() > 1e-4
+        assert np.abs(where - was)[1].max() > 1e-4
         assert np.abs(got.get_forces(apply_constraint=False)[0]).max() > 0.05, "their own forces"
     if kind == "components" and not cell:
         assert (where == was)[1].tolist() == [True, False, True]
@@ -254,14 +253,14 @@ def test_scaled_components_stay():
     """As in a POSCAR with selective dynamics; the force along what is free vanishes."""
     start = held(FixScaled([1], (True, False, False)), FixScaled([0, 2], (False, True, True)))
     start.set_cell(start.cell.array + [[0, 0, 0], [1, 0, 0], [0.4, 0.8, 0]], scale_atoms=True)
-    got, = relax(build(), [start], fmax=1e-3, steps=400, cell=False)
+    got, = relax(build(), [start], fmax=0.01, steps=200, cell=False)
     assert got.info["converged"] and got.info["steps"] > 5
     moved = np.abs(got.cell.scaled_positions(got.positions - start.positions))
     assert moved[1, 0] < 1e-12 < 1e-4 < moved[1, 1:].max()
     assert moved[[0, 2], 1:].max() < 1e-12 < 1e-4 < moved[[0, 2], 0].min()
     forces = got.get_forces(apply_constraint=False)
     along = forces @ (got.cell.array / got.cell.lengths()[:, None]).T  # [N, 3]
-    assert np.abs(along[1, 1:]).max() < 1.1e-3 and np.abs(along[[0, 2], 0]).max() < 1.1e-3
+    assert np.abs(along[1, 1:]).max() < 0.011 and np.abs(along[[0, 2], 0]).max() < 0.011
     assert np.abs(forces[:3]).max() > 0.05, "a control: the others do not vanish"
 
 
