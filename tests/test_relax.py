@@ -502,7 +502,8 @@ def test_atoms_that_a_file_fixes_stay_and_are_fixed_in_the_output(kind, folder, 
 
 
 def test_what_cannot_be_kept_of_fixed_atoms_is_said_before_it_begins(folder, capsys):
-    ase.io.write(folder / "in.traj", held(FixedPlane([0], (1, 2, 0)), FixAtoms([1])))
+    slanted = held(FixedPlane([0], (1, 2, 0)), FixAtoms([1]))
+    ase.io.write(folder / "in.traj", [slanted, MOVING[1]])
     words = [str(folder / name) for name in ("model.pt", "in.traj", "out.extxyz")]
     main([*words, "--device", "cpu", "--steps", "0"])
     said = capsys.readouterr().err
