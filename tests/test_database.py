@@ -195,6 +195,29 @@ def test_equal_frames_of_databases_are_found(example, converted, tmp_path):
                wanted[later % n].calc.results["energy"]
 
 
+def test_frames_of_a_database_that_only_look_like_twins_are_not_twins(converted, tmp_path):
+    """The same atoms and energy, but another number somewhere."""
+    out = shutil.copy(converted, tmp_path / "a.db")
+    first = frames.read([converted])[0]
+    others = []
+    for change in (lambda atoms: atoms.positions.__setitem__((0, 0), 0.001),
+                   lambda atoms: atoms.calc.results["forces"].__setitem__((0, 0), 0.5),
+                   lambda atoms: atoms.calc.results["stress"].__setitem__(0, 0.5),
+                   lambda atoms: atoms.cell.__setitem__((0, 0), 9.0),
+                   lambda atoms: atoms.numbers.__setitem__(0, 1),
+                   lambda atoms: None):
+        other = frames.labelled(first, **first.calc.results, source=f"other {len(others)}")
+        change(other)
+        others.append(other)
+    count = len(frames.read([converted]))
+    with database.connect(out) as plain:
+        for atoms in others:
+            atoms.info.pop("group")
+            plain.write(atoms, key_value_pairs=atoms.info)
+    equal, _ = frames.twins(frames.read([str(out)]))
+    assert equal[count:].tolist() == [-1, -1, -1, -1, -1, 0]
+
+
 def test_frames_keep_the_labels_they_have(tmp_path):
     crystals = []
     for i, lacking in enumerate(("", "energy", "forces", "stress")):
@@ -441,6 +464,32 @@ def test_killed_conversion_goes_on_where_it_was(example, tmp_path, monkeypatch, 
 
 
 @needs_fork
+def test_kill_while_a_second_file_is_added_leaves_the_first_one_whole(
+        example, converted, tmp_path, capsys):
+    """The database, once complete, is not, until the second file is all there."""
+    path, wanted = example
+    out = shutil.copy(converted, tmp_path / "a.db")
+    other = copper(tmp_path / "b.xyz", ("energy", "forces", "virial"), count=23)
+    process, told = start(other, out, pause=0.05)
+    assert [told.recv() for _ in range(2)] == ["block"] * 2
+    os.kill(process.pid, signal.SIGKILL)
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL, "it ended before it was killed"
+    with ase.db.connect(out) as plain:
+        there = plain.count() - len(wanted)
+    assert 0 < there < 23 and there % 5 == 0
+
+    # nobody trains on it, and the first file alone does not make it complete
+    with pytest.raises(BadInput, match="a.db: is not complete"):
+        frames.read([str(out)])
+    with pytest.raises(BadInput, match="a.db: holds a part of .*b.xyz; give that file too"):
+        database.convert([str(path)], str(out))
+    assert database.main([other, str(out)]) == 0
+    assert f"{there} frames are there; going on" in capsys.readouterr().out
+    assert_holds(out, [*wanted, *frames.iread(other)])
+
+
+@needs_fork
 def test_two_at_once_do_not_hurt_each_other(example, tmp_path):
     """One of them converts, the other one ends with a sentence, at once or when it notices."""
     path, wanted = example
@@ -497,7 +546,7 @@ def test_progress_is_a_line_now_and_then_in_a_file(example, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == [
         f"{path}: {len(wanted)} frames",
         f"note: not read of {path}: bandgap, e_per_atom_relaxed, ef_per_atom, energy_per_atom, "
-        f"magmom, uncorrected_total_energy",
+        f"magmom, magmom of the sites, uncorrected_total_energy",
         f"{tmp_path / 'a.db'} is complete"]
 
 

@@ -5,7 +5,6 @@
 import copy
 import gzip
 import json
-import os
 import re
 import runpy
 import shutil
@@ -73,24 +72,6 @@ def as_labelled(atoms: Atoms) -> Atoms:
     atoms = atoms.copy()
     atoms.calc = SinglePointCalculator(atoms, **labels)
     return atoms
-
-
-@pytest.fixture(autouse=True, scope="module")
-def nearest_once():
-    """Most of the time would go into the same distances of the same crystals, again and again."""
-    kept = {}
-    nearest = suspicions.nearest
-
-    def once(atoms, within):
-        parts = (atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc)
-        key = (within, *(part.tobytes() for part in parts))
-        if key not in kept:
-            kept[key] = nearest(atoms, within)
-        return kept[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(suspicions, "nearest", once)
-        yield
 
 
 def write(path: Path, crystals: list[Atoms]) -> str:
@@ -364,23 +345,6 @@ def test_labels_that_are_no_numbers_are_refused(tmp_path):
 
 
 # ─── Names of files ──────────────────────────────────────────────────────────────────────────────
-
-@pytest.mark.parametrize("name", ["a b.extxyz", "a@1.extxyz", "a[1].extxyz", "a#1.extxyz",
-                                  "-a.extxyz", "größe.extxyz", "a*.extxyz", "a@2.db", "a@0.json"])
-def test_name_of_a_file_means_itself(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    if name.endswith("json"):
-        write_json(Path(name), [silicon()] * 3)
-        assert len(list(frames.iread(name))) == 3
-        return
-    write(Path("decoy1.extxyz"), copper(1))
-    shutil.copy("decoy1.extxyz", "a1.extxyz")
-    ase.io.write("other.extxyz", copper(3))
-    if name.endswith("db"):
-        ase.io.write("other.db", copper(3))
-    os.rename("other." + name.rsplit(".")[-1], name)
-    assert len(frames.read([name])) == 3
-
 
 def test_globs_are_recursive_and_a_file_counts_once(tmp_path):
     (tmp_path / "deep" / "deeper").mkdir(parents=True)
@@ -860,6 +824,33 @@ def test_equal_frames_are_trained_on_once(tmp_path):
             change(atoms)
         assert (frames.twins(frames.read([write(tmp_path / "c.xyz", [*copper(3), *others])]))[0]
                 < 0).all()
+
+
+def test_frames_that_only_look_like_twins_are_not_twins():
+    """The same projection of the geometry, the same numbers in another frame, another label."""
+    plain, = same_material(copper(1))
+
+    def changed(change) -> Atoms:
+        other = frames.labelled(plain, **plain.calc.results)
+        change(other)
+        return other
+
+    def along_nothing(atoms: Atoms):
+        weights = np.cos(np.arange(2))
+        atoms.positions[0, :2] += 0.01 * np.array([weights[1], -weights[0]])
+
+    others = {"as far along": changed(along_nothing),
+              "cell": changed(lambda atoms: atoms.cell.__setitem__((0, 0), 3.8)),
+              "pbc": changed(lambda atoms: atoms.set_pbc([True, True, False])),
+              "element": changed(lambda atoms: atoms.numbers.__setitem__(3, 28)),
+              "order": changed(lambda atoms: atoms.set_positions(atoms.positions[::-1])),
+              "force": changed(lambda atoms: atoms.calc.results["forces"].__setitem__((3, 2), 9)),
+              "stress": changed(lambda atoms: atoms.calc.results["stress"].__setitem__(5, 9)),
+              "no stress": changed(lambda atoms: atoms.calc.results.pop("stress"))}
+    for what, other in others.items():
+        equal, contrary = frames.twins(frames.in_memory([plain, other, plain]))
+        assert equal.tolist() == [-1, -1, 0], what
+        assert contrary.tolist() == [-1, -1, -1], what
 
 
 def test_equal_frames_are_found_in_files_of_other_precision(tmp_path):

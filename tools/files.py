@@ -30,6 +30,9 @@ WARNING = "warning: "  # lines that begin so are errors with --strict
 # labels that ASE's reader of a format fills in where the file has none
 INVENTED = {"lammps-dump-text": ("energy",), "lammps-dump-binary": ("energy",)}
 
+# numbers that ASE's reader of a format does not turn into eV and Å
+UNCONVERTED = {"qbox": "Hartree and Bohr", "dlp4": "10 J/mol/Å"}
+
 # files of others: ending, or what is in a folder or at the beginning → what it is
 FOREIGN = {
     "set.000": "a folder of deepmd; convert it to extxyz, for example with dpdata",
@@ -73,7 +76,7 @@ def is_ase_json(path: str) -> bool:
     if not plain_name(path).endswith(".json") or not Path(path).is_file():
         return False
     with open_text(path) as file:
-        begin = file.read(2 ** 12)
+        begin = file.read(2 ** 16)
     return bool(re.match(r'\s*\{\s*"\d+"\s*:\s*\{', begin)) and '"__ndarray__"' in begin
 
 
@@ -178,8 +181,11 @@ def check_occupancies(atoms: Atoms, source: str) -> None:
 
 
 def tell_doubts(atoms: Atoms, kind: str, path: str, say: Callable[[str], None]) -> None:
-    """Say it if elements are nothing but the numbers of LAMMPS' types. Raises BadInput for a dump
-    in units that ASE does not turn into its own. atoms: the first of the file."""
+    """Say it if elements are nothing but the numbers of LAMMPS' types, and if units are doubtful.
+
+    atoms: the first of the file. Raises BadInput for a dump that names its units, and ASE ignores
+    them.
+    """
     named = atoms.has("masses")  # of lammps-data: elements are told from them
     if kind == "lammps-dump-text":
         lines = header_of_dump(path)
@@ -189,6 +195,9 @@ def tell_doubts(atoms: Atoms, kind: str, path: str, say: Callable[[str], None]) 
         if units != "metal":
             raise BadInput(f"{path}: is a dump in units {units}; ASE takes all for metal (Å, eV): "
                            f"write it again, or convert it")
+    if kind in UNCONVERTED and atoms.calc is not None:
+        say(f"{WARNING}{path}: ASE takes the numbers as they are, which may be in "
+            f"{UNCONVERTED[kind]}: convert them")
     if kind.startswith("lammps-d") and not named:
         say(f"{WARNING}{path} has no names of elements; ASE takes the types 1, 2, … for H, He, …, "
             f"so that this is {atoms.symbols.formula.format('reduce')}: dump the column element")
@@ -205,27 +214,44 @@ def header_of_dump(path: str) -> list[str]:
     raise EOFError("the dump ends before its atoms")
 
 
-# a quoted value (left alone), a value that is missing before the next key, a key
-WORDS = re.compile(r'"(?:\\.|[^"\\])*"|\'[^\']*\'|\{[^}]*\}|\[[^]]*\]'
-                   r"|(?P<empty>=)(?=\s+[^\s=]+=)|(?P<key>[^\s=\"']+)(?=\s*=)")
-CAPITALS = {"lattice": "Lattice", "properties": "Properties", "pbc": "pbc"}
+# a key that stands before a value of nothing, a value in quotes or brackets (left alone), a key
+WORDS = re.compile(r"""(?P<empty>=\s*(?:""|''|\{\}|\[\])(?=\s|$)|=\s*$|=(?=\s+[^\s=]+\s*=))"""
+                   r"""|"(?:\\.|[^"\\])*"|'[^']*'|\{[^}]*\}|\[[^]]*\]"""
+                   r"""|(?P<key>[^\s="'{\[]+)(?=\s*=)""")
+NAMES = ("Lattice", "Properties", "pbc")
+NINE = ("Stress", "Virial")  # ASE reads these in small letters, and only if they have nine numbers
 
 
 def comment_line(line: str) -> dict:
     """The second line of a frame in extended XYZ → {key: value}, as ASE's reader wants it.
 
-    Lattice, Properties and pbc are taken in any capitals: GPUMD writes small ones. A key without a
-    value (`config_type= energy=-1`) has none; ASE would give it the next key.
+    Lattice, Properties and pbc are taken in any capitals: GPUMD writes small ones. So are the
+    columns species and pos. A key without a
+    value (`config_type= energy=-1`) has none; ASE would give it the next key. Six numbers of stress
+    or virial get a name that ASE does not know.
     """
     there = {found["key"] for found in WORDS.finditer(line)}
 
-    def corrected(found: re.Match) -> str:
-        if found["empty"]:
-            return '=""'
-        right = CAPITALS.get((found["key"] or "").lower())
-        return found[0] if right is None or right in there else right
+    def parsed(names: tuple[str, ...]) -> dict:
+        right = {name.lower(): name for name in names if name not in there}
 
-    return key_val_str_to_dict(WORDS.sub(corrected, line))
+        def corrected(found: re.Match) -> str:
+            if found["empty"]:
+                return r'="_JSON \"\""'
+            return right.get((found["key"] or "").lower(), found[0])
+
+        return key_val_str_to_dict(WORDS.sub(corrected, line))
+
+    try:
+        info = parsed(NAMES)
+    except ValueError:
+        info = parsed(NAMES + NINE)
+
+    # the columns that every frame has
+    if isinstance(info.get("Properties"), str):
+        info["Properties"] = re.sub(r"\b(species|pos)(?=:)", lambda found: found[0].lower(),
+                                    info["Properties"], flags=re.IGNORECASE)
+    return info
 
 
 class Rows(SQLite3Database):

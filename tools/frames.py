@@ -105,7 +105,11 @@ def frames_of_ase(path: str, names: Names, unread: Unread, bare: bool,
     for i, atoms in enumerate(read_atoms(path, say)):
         source = f"{path}, frame {i}"
         found = find_labels(labels_of(atoms), names, {}, source, unread, bare)
-        results = read_labels(found, atoms, names.virial(), source, unread, ASE_ORDER)
+
+        # only ASE itself tells the order of six numbers
+        stress = atoms.calc.results.get("stress") if atoms.calc is not None else None
+        order = ASE_ORDER if found["stress"] is stress else ""
+        results = read_labels(found, atoms, names.virial(), source, unread, order)
 
         material = material_in(atoms.info)
         if not material and not bare:
@@ -456,10 +460,11 @@ def spread(values: np.ndarray, digits: int) -> str:
     return f"{low:.{digits}f} to {high:.{digits}f}, median {middle:.{digits}f}"
 
 
-def report(frames: Frames) -> str:
+def report(frames: Frames, doubts: Sequence[str] = ()) -> str:
     """A page on a data set: what it holds, from where to where its labels reach, what looks wrong.
 
-    Labels, groups and distances of more than 5000 frames are those of a sample, evenly spread.
+    doubts: warnings of its files. Labels, groups and distances of more than 5000 frames are those
+    of a sample, evenly spread.
     """
     atoms = frames.atom_counts()
     copies = int((twins(frames)[0] >= 0).sum())
@@ -521,7 +526,7 @@ def report(frames: Frames) -> str:
     else:
         lines.append("shortest distance   above 4 Å")
 
-    found = warnings(frames)
+    found = [*doubts, *warnings(frames)]
     for text in found:
         lines.append(WARNING + text)
     if not found:
@@ -547,11 +552,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("files", nargs="+", metavar="FILE", help="files or globs")
     add_names(parser)
     options = parser.parse_args(arguments)
+    doubts = []
+
+    def say(text: str) -> None:
+        """Warnings belong on the page, notes do not."""
+        if text.startswith(WARNING):
+            doubts.append(text.removeprefix(WARNING))
+        else:
+            print_to_stderr(text)
 
     try:
-        found = gather_files(expand(options.files), names_in(options), say=print_to_stderr)
+        found = gather_files(expand(options.files), names_in(options), say=say)
         with Patience(f"looking at {len(found)} frames", print_to_stderr):
-            page = report(found)
+            page = report(found, doubts)
         print(page)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)

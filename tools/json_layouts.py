@@ -219,6 +219,8 @@ def frame_of_json(keys: list[str], frame: dict, atoms: Atoms, names: Names, sour
     layout = layout_of(keys, labels)
     for name in ("structure", "outputs", "provenance", "description"):
         labels.pop(name, None)
+    for name in ((frame.get("structure") or {}).get("sites") or [{}])[0].get("properties") or {}:
+        labels[f"{name} of the sites"] = True
     found = find_labels(labels, names, layout.names, source, unread, bare)
 
     # the layout tells the order of its own stress, not that of another name

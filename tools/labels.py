@@ -173,6 +173,8 @@ def check(atoms: Atoms) -> Atoms:
     results = atoms.calc.results
     if len(atoms) == 0:
         raise BadInput(f"{source}: has no atoms; remove the frame")
+    if not atoms.numbers.all():
+        raise BadInput(f"{source}: an atom is no element, but X; name it, or remove the frame")
 
     # everything is a finite number, and there are as many as there should be
     parts = [("a position", atoms.positions), ("a cell vector", atoms.cell.array)]
@@ -225,13 +227,15 @@ class Unread:
 
     def __init__(self):
         self.names = set()
+        self.read = set()  # labels that are found in any frame
 
     def add(self, there: dict, used: set[str]) -> None:
         """All that a frame has, but what is used of it."""
         for name, value in there.items():
             known = name in used or name in MATERIAL_KEYS or str(name).lower() in GROUP_KEYS
             same = name == "free_energy" and value == there.get("energy")
-            if not known and not same and value is not None:
+            nothing = value is None or (isinstance(value, str) and not value)
+            if not known and not same and not nothing:
                 self.names.add(str(name))
 
     def notes(self, where: str, without: Sequence[str] = ()) -> list[str]:
@@ -239,13 +243,16 @@ class Unread:
         weights = []
         others = []
         for name in sorted(self.names):
+            for label, key in (("stress", "virial"), ("stress", "virials"),
+                               ("energy", "free_energy")):
+                if name.lower() == key and not {label} & (self.read | set(without)):
+                    name = f"{name} (--{label} {name} reads it)"
             stress = "virial" in name.lower() or "stress" in name.lower()
             if name.lower() in WEIGHTS:
                 weights.append(name)
-            elif name.lower() in ("virial", "virials") and "stress" not in without:
-                others.append(f"{name} (--stress {name} reads it)")
             elif not stress or "stress" not in without:
                 others.append(name)
+
         found = []
         if weights:
             found.append(f"note: {', '.join(weights)} of {where} are ignored: every frame counts "
@@ -288,7 +295,8 @@ def six_numbers(value, order: str, source: str) -> np.ndarray | None:
     if not order:
         raise BadInput(f"{source}: six numbers of stress in an order that the file does not tell "
                        f"(VASP's xx yy zz xy yz xz or ASE's xx yy zz yz xz xy?); give all nine, "
-                       f"or mark MatPES' layout by matpes_id, mlearn's by the name virial_stress")
+                       f"or, in JSON, mark MatPES' layout by matpes_id, mlearn's by the name "
+                       f"virial_stress")
     components = order.split()
     found = found.ravel()
     return np.array([found[components.index(pair)] for pair in ASE_ORDER.split()])
@@ -310,7 +318,7 @@ def group_of(info: dict) -> str:
     """What the file calls the group of the frame."""
     for key in GROUP_KEYS:
         found = look_up(info, key)
-        if found is not None:
+        if found is not None and str(found):
             return word(found)
     return ""
 
@@ -318,8 +326,9 @@ def group_of(info: dict) -> str:
 def material_in(info: dict) -> str:
     """What the file calls the material of the frame; "" if it has no name."""
     for key in MATERIAL_KEYS:
-        if info.get(key) is not None and str(info[key]):
-            return word(info[key])
+        found = info.get(key)
+        if found is not None and found is not True and str(found):  # True: a key without a value
+            return word(found)
     return ""
 
 
@@ -375,6 +384,8 @@ def find_labels(there: dict, names: Names, usual: dict, source: str, unread: Unr
         key = next((key for key in keys if key is not None), None)
         found[label.name] = there.get(key)
         used.add(key)
+        if key is not None:
+            unread.read.add(label.name)
     unread.add(there, used)
 
     expected = [label.name for label in TABLE if label.expected]
