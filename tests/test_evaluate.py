@@ -1,5 +1,6 @@
 """Tests of tools/evaluate.py: errors against loops by hand, the command, and what tools import."""
 import io
+import json
 import os
 import pkgutil
 import runpy
@@ -336,6 +337,75 @@ def test_frames_without_labels_beside_others_are_written_and_not_counted(path, b
     assert "No frame has energy or forces" in command(path, tmp_path / "lone.extxyz")
 
 
+def test_stress_alone_is_a_label(path, model, tmp_path):
+    """Frames with nothing else are compared; energies and forces stay out of the table."""
+    frames = crystals(4)
+    for atoms in frames:
+        atoms.calc.results = {"stress": atoms.calc.results["stress"]}
+    printed = command(path, written(tmp_path / "stresses.extxyz", frames)).splitlines()
+    assert printed[1].startswith("4 labelled frames")
+    table = evaluate.errors(evaluate.predict(model, frames), frames)
+    assert table["energy_mae_meV_per_atom"] is None and table["stress_mae_GPa"] > 0.1
+    assert printed[2] == evaluate.table_line("Facet", table)
+
+
+def test_group_that_cannot_be_written_does_not_spoil_the_file(path, tmp_path, capsys):
+    frames = [atoms.copy() for atoms in crystals(3)]
+    for atoms, group in zip(frames, ("one", "over\ntwo lines", "three"), strict=True):
+        atoms.info = {"config_type": group}
+    ase.io.write(tmp_path / "in.traj", frames)
+    command(path, tmp_path / "in.traj", "--out", tmp_path / "out.extxyz")
+    assert "note: extended XYZ cannot hold the group of a frame: left" in capsys.readouterr().err
+    found = ase.io.read(tmp_path / "out.extxyz", ":")
+    assert [atoms.info.get("group") for atoms in found] == ["one", None, "three"]
+
+
+def as_json(atoms: ase.Atoms, **labels) -> dict:
+    """A document of pymatgen's structure, with labels."""
+    sites = []
+    for symbol, place in zip(atoms.symbols, atoms.get_scaled_positions()):
+        sites.append({"species": [{"element": symbol, "occu": 1}], "abc": place.tolist()})
+    return {"structure": {"lattice": {"matrix": atoms.cell.tolist()}, "sites": sites}, **labels}
+
+
+@pytest.mark.parametrize("kind", ("list", "lines", "ASE's own"))
+def test_json_needs_no_labels(kind, path, tmp_path):
+    frames = [atoms.copy() for atoms in crystals(3)]
+    for atoms in frames:
+        atoms.info = {}
+    name = tmp_path / ("bare.jsonl" if kind == "lines" else "bare.json")
+    documents = [as_json(atoms) for atoms in frames]
+    if kind == "list":
+        name.write_text(json.dumps(documents))
+    elif kind == "lines":
+        name.write_text("\n".join(map(json.dumps, documents)))
+    else:
+        ase.io.write(name, frames)
+    out = tmp_path / "out.extxyz"
+    assert "No frame has energy or forces" in command(path, name, "--out", out)
+    calculator = facet.FacetCalculator(path, device="cpu")
+    for got, atoms in zip(ase.io.read(out, ":"), frames, strict=True):
+        atoms.calc = calculator
+        assert got.get_potential_energy() == pytest.approx(atoms.get_potential_energy(), rel=1e-5)
+
+    # a control: with labels they are labelled, one by one
+    if kind == "list":
+        documents[1]["energy"] = -7.0
+        name.write_text(json.dumps(documents))
+        printed = command(path, name)
+        assert "1 labelled frames" in printed
+        assert "2 frames without labels do not count" in printed
+
+
+@pytest.mark.parametrize("name", ("@1.extxyz", "bare@1.extxyz", "[ab]*.extxyz", "./-s.extxyz"))
+def test_file_has_its_very_name(name, path, bare, monkeypatch):
+    monkeypatch.chdir(Path(bare).parent)
+    ase.io.write("five.extxyz", ase.io.read(bare, ":5"))
+    os.rename("five.extxyz", name)
+    found = [line for line in command(path, name).splitlines() if ", frame " in line]
+    assert len(found) == 5 and found[4].startswith(f"{name}, frame 4 ")
+
+
 def test_output_is_never_replaced(path, bare, monkeypatch):
     before = Path(bare).read_bytes()
     with pytest.raises(SystemExit, match="bare.extxyz: exists already; remove it, or give"):
@@ -395,6 +465,18 @@ def test_bad_file_ends_with_one_sentence(what, options, sentence, path, tmp_path
     assert sentence in end.value.code
 
 
+@pytest.mark.parametrize("name", ("model.pt", "bare.extxyz", "out.extxyz", "new.db", "new.json"))
+def test_folder_in_the_place_of_a_file_ends_with_one_sentence(name, path, bare, tmp_path):
+    words = {"model.pt": path, "bare.extxyz": bare, "out.extxyz": tmp_path / "out.extxyz"}
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).mkdir()
+    words["bare.extxyz" if name.startswith("new") else name] = tmp_path / name
+    with pytest.raises(SystemExit) as end:
+        command(words["model.pt"], words["bare.extxyz"], "--out", words["out.extxyz"])
+    assert end.value.code.startswith("error: ") and "\n" not in end.value.code
+    assert str(tmp_path / name) in end.value.code
+
+
 @pytest.mark.parametrize("words, sentence", (
     (["data.extxyz"], "data.extxyz is not a Facet checkpoint"),
     (["nowhere.pt"], "nowhere.pt: no such checkpoint"),
@@ -413,6 +495,9 @@ def test_file_that_is_no_model_ends_with_one_sentence(words, sentence, tmp_path,
     (["a.xyz", "--out", "nowhere/out.extxyz"], "there is no folder nowhere"),
     (["a.xyz", "--batch_atoms", "0"], "--batch_atoms 0: must be positive"),
     (["a.xyz", "--device", "abacus"], "--device abacus: PyTorch has no such device"),
+    (["a.xyz", "--device", "meta"], "--device meta: PyTorch has no such device"),
+    (["--device", "meta"], "--device meta: PyTorch has no such device"),
+    (["a.xyz", "--threads", "100000"], "unrecognized arguments: --threads"),
 ))
 def test_wrong_options_end_with_one_sentence(options, sentence, capsys):
     with pytest.raises(SystemExit) as end:

@@ -5,6 +5,9 @@ import pty
 import re
 import runpy
 import shutil
+import signal
+import sqlite3
+import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -15,13 +18,24 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
-from ase.constraints import FixAtoms
+from ase.constraints import (
+    FixAtoms,
+    FixBondLengths,
+    FixCartesian,
+    FixCom,
+    FixedLine,
+    FixedPlane,
+    FixScaled,
+    Hookean,
+)
 from ase.filters import FrechetCellFilter
 from ase.optimize import FIRE
 from scipy.linalg import logm
 
 import facet
-from tools.relax import Fire, main, relax
+from tools import relax as module
+from tools.frames import BadInput
+from tools.relax import Fire, Journal, freedom, main, prepare, relax
 
 SAME = 1e-8  # some twenty steps of FIRE multiply the rounding; float64
 CONFIG = facet.Config(
@@ -192,9 +206,79 @@ def test_results_keep_names_that_ase_does_not_know():
     close(2 * found.calc.results["partial_charges"], found.calc.results["energies"])
 
 
-CONSTRAINED = Atoms("Si", cell=[3, 3, 3], pbc=True, constraint=FixAtoms([0]))
+def held(*constraints) -> Atoms:
+    """A strained crystal with constraints."""
+    atoms = MOVING[0].copy()
+    atoms.set_constraint(constraints)
+    return atoms
+
+
+CONSTRAINTS = {  # and whether ASE's steps are the same with a cell that relaxes
+    "atoms": ([FixAtoms([0, 3])], True),
+    "components": ([FixCartesian([1], (True, False, True)), FixAtoms([2])], False),
+    "planes": ([FixedPlane([0, 1], (1, 2, 0)), FixAtoms([5])], False),
+    "lines": ([FixedLine([0, 4], (1, -1, 3))], False),
+}
+
+
+@pytest.mark.parametrize("kind", CONSTRAINTS)
+@pytest.mark.parametrize("cell", (True, False), ids=("cell", "fixed cell"))
+def test_fixed_atoms_stay_by_the_steps_of_ase(kind, cell):
+    constraints, same = CONSTRAINTS[kind]
+    start = held(*constraints)
+    got, free = relax(build(), [start, MOVING[0]], fmax=0.05, steps=10, cell=cell)
+    assert np.abs(got.positions - free.positions).max() > 0.01, "a control: they would move"
+    assert str(got.constraints) == str(start.constraints)
+    if same or not cell:
+        want = start.copy()
+        want.calc = facet.FacetCalculator(build(), device="cpu", dtype=torch.float64)
+        optimizer = FIRE(FrechetCellFilter(want) if cell else want, logfile=None)
+        converged = optimizer.run(fmax=0.05, steps=10)
+        assert got.info == {"steps": optimizer.nsteps, "converged": converged}
+        close(got.positions, want.positions)
+        close(got.cell.array, want.cell.array)
+
+    # exactly where they were; in the cell, if that relaxes
+    where = got.positions if not cell else got.cell.scaled_positions(got.positions)
+    was = start.positions if not cell else start.cell.scaled_positions(start.positions)
+    if kind == "atoms":
+        assert np.abs(where - was)[[0, 3]].max() <= 1e-14 * cell
+        assert np.abs(where - was)[1].max() > 1e-4
+        assert np.abs(got.get_forces(apply_constraint=False)[0]).max() > 0.05, "their own forces"
+    if kind == "components" and not cell:
+        assert (where == was)[1].tolist() == [True, False, True]
+
+
+def test_scaled_components_stay():
+    """As in a POSCAR with selective dynamics; the force along what is free vanishes."""
+    start = strained("Si3O")
+    start.set_cell(start.cell.array + [[0, 0, 0], [0.5, 0, 0], [0.2, 0.4, 0]], scale_atoms=True)
+    start.set_constraint(
+        [FixScaled([1], (True, False, False)), FixScaled([0, 2], (False, True, True))])
+    got, = relax(build(), [start], fmax=0.01, steps=200, cell=False)
+    assert got.info["converged"] and got.info["steps"] > 5
+    moved = np.abs(got.cell.scaled_positions(got.positions - start.positions))
+    assert moved[1, 0] < 1e-12 < 1e-4 < moved[1, 1:].max()
+    assert moved[[0, 2], 1:].max() < 1e-12 < 1e-4 < moved[[0, 2], 0].min()
+    forces = got.get_forces(apply_constraint=False)
+    along = forces @ (got.cell.array / got.cell.lengths()[:, None]).T  # [N, 3]
+    assert np.abs(along[1, 1:]).max() < 0.011 and np.abs(along[[0, 2], 0]).max() < 0.011
+    assert np.abs(forces[:3]).max() > 0.05, "a control: the others do not vanish"
+
+
+def test_several_constraints_of_one_atom_leave_what_all_of_them_leave():
+    free = freedom(held(FixedPlane([0], (1, 1, 0)), FixedPlane([0, 1], (1, 0, 0)),
+                        FixCartesian([2], (False,) * 3)))
+    close(free[0], np.diag([0, 0, 1]))
+    close(free[1], np.diag([0, 1, 1]))
+    assert (free[2:] == np.eye(3)).all()
+    with pytest.raises(BadInput, match="FixCom cannot be kept"):
+        freedom(held(FixAtoms([0]), FixCom()))
+
+
 REFUSED = {
-    "crystal 1 has constraints": CONSTRAINED,
+    "crystal 1: FixBondLengths cannot be kept": held(FixBondLengths([(0, 1)])),
+    "crystal 1: Hookean cannot be kept": held(FixAtoms([2]), Hookean(0, 1, 5.0, 1.0)),
     "crystal 1 lacks the three lattice vectors": MOLECULE,
     "crystal 1: element Xe is not among": Atoms("Xe", cell=[3, 3, 3], pbc=True),
     "crystal 1: atoms 0 and 1 sit on one spot": Atoms("Si2", cell=[3, 3, 3], pbc=True),
@@ -203,7 +287,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("message", REFUSED)
 def test_impossible_relaxation_is_refused_in_one_sentence(message):
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(BadInput, match=message) as error:
         relax(build(), [MOVING[0], REFUSED[message]])
     assert "\n" not in str(error.value)
 
@@ -289,13 +373,15 @@ def test_progress_rewrites_itself_on_a_terminal(folder, monkeypatch):
     assert len(re.findall(rb"\r(?!\n)", before)) == 3, "a terminal ends its lines with \\r\\n"
 
 
-WRONG = {  # what is done to the folder, options; and the sentence
+WRONG = {  # what is missing in the folder, options; and the sentence
     "no model": (["model.pt"], [], "model.pt: no such checkpoint"),
-    "no crystals": (["start.extxyz"], [], "start.extxyz: there is no such file"),
+    "no crystals": (["start.extxyz"], [], "start.extxyz: no such file"),
     "negative fmax": ([], ["--fmax", "-1"], "--fmax -1: must be positive"),
     "negative steps": ([], ["--steps", "-1"], "--steps -1: must not be negative"),
     "empty batches": ([], ["--batch_atoms", "0"], "--batch_atoms 0: must be positive"),
     "no such device": ([], ["--device", "abacus"], "--device abacus: PyTorch has no such device"),
+    "device without numbers": ([], ["--device", "meta"], "--device meta: PyTorch has no such"),
+    "threads": ([], ["--threads", "100000"], "unrecognized arguments: --threads 100000"),
 }
 
 
@@ -311,9 +397,19 @@ def test_bad_input_ends_with_one_sentence(wrong, folder, capsys):
     assert not (folder / "out.extxyz").exists()
 
 
+@pytest.mark.parametrize("name", ("model.pt", "start.extxyz", "out.extxyz"))
+def test_folder_in_the_place_of_a_file_ends_with_one_sentence(name, folder):
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).mkdir()
+    with pytest.raises(SystemExit) as end:
+        command(folder)
+    assert str(folder / name) in end.value.code and "\n" not in end.value.code
+    assert list((folder / name).iterdir()) == []
+
+
 @pytest.mark.parametrize("content, sentence", (
-    ("not a crystal at all", "start.extxyz: ASE cannot read it"),
-    ("", "start.extxyz: "),
+    ("not a crystal at all", "start.extxyz, frame 0: cannot be read"),
+    ("", "start.extxyz"),
 ))
 def test_unreadable_file_ends_with_one_sentence(content, sentence, folder):
     (folder / "start.extxyz").write_text(content)
@@ -327,7 +423,8 @@ def test_crystal_that_cannot_relax_ends_with_one_sentence(folder):
     with pytest.raises(SystemExit) as end:
         command(folder)
     assert "start.extxyz: crystal 1 lacks the three lattice vectors" in end.value.code
-    assert end.value.code.endswith("--no-cell keeps the cell as it is")
+    assert end.value.code.endswith("--no-cell (cell=False) keeps the cell as it is")
+    assert not list(folder.glob("out*")), "there is nothing to be kept"
 
 
 @pytest.mark.parametrize("output, sentence", (
@@ -341,14 +438,322 @@ def test_output_is_checked_before_the_work(output, sentence, folder, capsys):
     assert sentence in capsys.readouterr().err
 
 
-def test_failed_write_leaves_the_old_file(folder, monkeypatch):
+def test_output_that_exists_is_never_replaced(folder, monkeypatch):
     (folder / "out.extxyz").write_text("old")
-
-    def full(*_, **__):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(SystemExit, match="No space left"):
+    with pytest.raises(SystemExit, match="out.extxyz: exists already; remove it, or give"):
         command(folder, "--steps", "1")
     assert (folder / "out.extxyz").read_text() == "old"
-    assert not list(folder.glob("*.part"))
+
+    # nor is one that somebody writes while the crystals relax
+    (folder / "out.extxyz").unlink()
+    monkeypatch.setattr(module, "relax", lambda *_: (folder / "out.extxyz").write_text("new"))
+    with pytest.raises(SystemExit, match="out.extxyz: exists already; remove it, or give"):
+        command(folder, "--steps", "1")
+    assert (folder / "out.extxyz").read_text() == "new"
+
+
+@pytest.mark.parametrize("name", ("@1.extxyz", "start@1.extxyz", "[ab]*.extxyz", "-s.extxyz"))
+def test_file_has_its_very_name(name, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    ase.io.write(folder / "copy.extxyz", MOVING[:3])
+    os.rename("copy.extxyz", name)
+    main(["--steps", "0", "--device", "cpu", "--", "model.pt", name, "out.extxyz"])
+    assert len(ase.io.read("out.extxyz", ":")) == 3
+
+
+# ─── Fixed atoms in files ────────────────────────────────────────────────────────────────────────
+
+POSCAR = """Si2O with selective dynamics
+1.0
+3.7 0.0 0.0
+1.1 3.6 0.0
+0.0 0.0 3.9
+Si O
+2 1
+Selective dynamics
+Direct
+0.02 0.00 0.01 F F F
+0.48 0.51 0.03 T T F
+0.55 0.05 0.47 T T T
+"""
+
+
+@pytest.mark.parametrize("kind", ("traj", "extxyz", "extxyz with components", "POSCAR"))
+def test_atoms_that_a_file_fixes_stay_and_are_fixed_in_the_output(kind, folder, capsys):
+    path = folder / {"traj": "in.traj", "POSCAR": "POSCAR"}.get(kind, "in.extxyz")
+    atoms = held(FixAtoms([0, 3]))
+    if kind == "extxyz with components":
+        atoms = held(FixAtoms([0]), FixCartesian([1], (False, False, True)))
+    if kind == "POSCAR":
+        path.write_text(POSCAR)
+    else:
+        ase.io.write(path, atoms)
+    start = ase.io.read(path)
+    paths = [str(path), str(folder / "out.extxyz"), "--no-cell", "--steps", "5"]
+    main([str(folder / "model.pt"), *paths, "--device", "cpu"])
+    assert "note" not in capsys.readouterr().err
+    got = ase.io.read(folder / "out.extxyz")
+    stays = np.abs(got.positions - start.positions) < 1e-7  # [N, 3]
+    allowed = np.ones((len(got), 3))
+    for constraint in got.constraints:
+        constraint.adjust_forces(got, allowed)
+    assert (stays == (allowed == 0)).all()
+    assert 3 <= stays.sum() <= 6, "a control"
+
+
+def test_what_cannot_be_kept_of_fixed_atoms_is_said_before_it_begins(folder, capsys):
+    slanted = held(FixedPlane([0], (1, 2, 0)), FixAtoms([1]))
+    ase.io.write(folder / "in.traj", [slanted, MOVING[1]])
+    words = [str(folder / name) for name in ("model.pt", "in.traj", "out.extxyz")]
+    main([*words, "--device", "cpu", "--steps", "0"])
+    said = capsys.readouterr().err
+    assert "in.traj stay at their place in the cell, which relaxes; --no-cell keeps them" in said
+    assert "that holds while they relax, but extended XYZ cannot tell it" in said
+
+    # what is refused, and its cure
+    ase.io.write(folder / "in.traj", [MOVING[1], held(FixBondLengths([(0, 1)]))])
+    (folder / "out.extxyz").unlink()
+    with pytest.raises(SystemExit, match="in.traj: crystal 1: FixBondLengths cannot be kept"):
+        main([*words, "--device", "cpu", "--steps", "0"])
+    cure = [sys.executable, "-m", "ase", "convert", words[1], str(folder / "free.extxyz")]
+    subprocess.run(cure, check=True)
+    main([words[0], str(folder / "free.extxyz"), words[2], "--device", "cpu", "--steps", "0"])
+    assert len(ase.io.read(words[2], ":")) == 2
+
+
+# ─── Kills, and what is kept ─────────────────────────────────────────────────────────────────────
+
+
+class Dying(Journal):
+    """Its process is killed when two crystals have been kept, or are about to be."""
+
+    when = "after"
+
+    def keep(self, arrived):
+        if self.when == "before" and self.rows() + len(arrived) >= 2:
+            self.table.set_trace_callback(self.kill_at_commit)
+        super().keep(arrived)
+        if self.when == "after" and self.rows() >= 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def kill_at_commit(self, statement):
+        if statement == "COMMIT":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def rows(self) -> int:
+        return self.table.execute("SELECT COUNT(*) FROM relaxed").fetchone()[0]
+
+
+def killed(folder: Path, when: str, *options: str) -> None:
+    """The command, in another process, which is killed."""
+    child = os.fork()
+    if child == 0:
+        try:
+            Dying.when = when
+            module.Journal = Dying
+            if when == "writing":
+                module.write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), 1)
+            command(folder, *options)
+        finally:
+            os._exit(7)  # it should not have come so far
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+
+
+LIMITS = "--fmax", "0.05", "--steps", "20"
+
+
+def kept(folder: Path) -> int:
+    """Crystals in the journal."""
+    table = sqlite3.connect(folder / "out.extxyz.journal")
+    count, = table.execute("SELECT COUNT(*) FROM relaxed").fetchone()
+    table.close()
+    return count
+
+
+@pytest.fixture
+def evaluated(monkeypatch) -> list[int]:
+    """Atoms of all crystals that are evaluated from now on."""
+    found = []
+    evaluate = facet.evaluate
+    monkeypatch.setattr(facet, "evaluate", lambda model, graphs, *more: (
+        found.extend(len(graph.species) for graph in graphs), evaluate(model, graphs, *more))[1])
+    return found
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("when", ("before", "after", "writing"))
+def test_killed_command_goes_on(when, folder, capsys, evaluated):
+    crystals = ase.io.read(folder / "start.extxyz", ":")
+    crystals = [crystals[0], crystals[2], crystals[1], crystals[3]]  # others arrive first
+    for i, atoms in enumerate(crystals):
+        atoms.info["name"] = f"crystal {i}"
+    ase.io.write(folder / "start.extxyz", crystals)
+    command(folder, *LIMITS)
+    os.rename(folder / "out.extxyz", folder / "whole.extxyz")
+    want = ase.io.read(folder / "whole.extxyz", ":")
+    steps = [atoms.info["steps"] for atoms in want]
+    assert steps != sorted(steps), "a control: they do not arrive in order"
+
+    # what has arrived is there, and is not done again
+    killed(folder, when, *LIMITS)
+    assert not (folder / "out.extxyz").exists()
+    count = kept(folder)
+    assert {"before": 0 < count < 2, "after": 2 <= count < 4, "writing": count == 4}[when]
+    evaluated.clear()
+    capsys.readouterr()
+    command(folder, *LIMITS)
+    assert f"out.extxyz.journal: {count} of 4 are relaxed already" in capsys.readouterr().out
+    rest = sorted(steps)[count:]
+    assert len(evaluated) == sum(rest) + len(rest)
+
+    # the output is that of a command that was not killed
+    got = ase.io.read(folder / "out.extxyz", ":")
+    assert [atoms.info["name"] for atoms in got] == [f"crystal {i}" for i in range(4)]
+    for one, other in zip(got, want, strict=True):
+        assert (one.info["steps"], one.info["converged"]) == (
+            other.info["steps"], other.info["converged"])
+        np.testing.assert_allclose(one.positions, other.positions, atol=1e-4)
+        np.testing.assert_allclose(one.cell.array, other.cell.array, atol=1e-4)
+        np.testing.assert_allclose(one.get_forces(), other.get_forces(), atol=1e-3)
+        np.testing.assert_allclose(one.get_stress(), other.get_stress(), atol=1e-4)
+        assert one.get_potential_energy() == pytest.approx(other.get_potential_energy(), abs=1e-4)
+    if when == "writing":
+        assert (folder / "out.extxyz").read_bytes() == (folder / "whole.extxyz").read_bytes()
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "model.pt", "out.extxyz", "start.extxyz", "whole.extxyz"]
+
+
+CHANGES = {  # and how many of the four crystals are known then
+    "nothing": 4, "one crystal": 3, "its order": 2, "its cell": 3, "a fixed atom": 3, "fmax": 0,
+    "steps": 0, "no-cell": 0, "the model": 0, "info": 4,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_journal_is_that_of_the_same_input_model_and_settings(change, folder, monkeypatch, capsys):
+    def full(*_):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write", full)
+        with pytest.raises(SystemExit, match="No space left"):
+            command(folder, "--steps", "1")
+    assert "out.extxyz.journal keeps 4 relaxed crystals: the same" in capsys.readouterr().err
+
+    crystals = ase.io.read(folder / "start.extxyz", ":")
+    options = {"fmax": ("--fmax", "0.03"), "steps": ("--steps", "2"), "no-cell": ("--no-cell",)}
+    if change == "one crystal":
+        crystals[1].positions[0, 0] += 1e-3
+    if change == "its order":
+        crystals[1:3] = crystals[2], crystals[1]
+    if change == "its cell":
+        crystals[3].cell[0, 0] += 1e-3
+    if change == "a fixed atom":
+        crystals[2].set_constraint(FixAtoms([0]))
+    if change == "info":
+        crystals[2].info["other"] = 1
+    ase.io.write(folder / "start.extxyz", crystals)
+    if change == "the model":
+        model = facet.load(folder / "model.pt")
+        model.origin = {"date": "another"}
+        facet.save(model, folder / "model.pt")
+    command(folder, "--steps", "1", *options.get(change, ()))
+    said = re.findall(r"journal: (\d) of 4 are relaxed", capsys.readouterr().out)
+    assert said == ([str(CHANGES[change])] if CHANGES[change] else [])
+    assert len(ase.io.read(folder / "out.extxyz", ":")) == 4
+
+
+def test_journal_keeps_every_number(folder):
+    """Also of crystals that broke, and of outputs that ASE does not know."""
+    relaxed = relax(build(), MOVING, steps=2)
+    relaxed[1].calc.results["charges_of_ours"] = np.arange(2) / 3
+    relaxed[2].calc = None
+    with pytest.raises(KeyboardInterrupt), Journal(folder / "journal", list("abcd")) as journal:
+        journal.keep({1: relaxed[1], 2: relaxed[2]})
+        raise KeyboardInterrupt
+    with Journal(folder / "journal", list("abcd")) as journal:
+        known = journal.known(list(MOVING))
+    assert set(known) == {1, 2} and known[2].calc is None and not (folder / "journal").exists()
+    for s, got in known.items():
+        assert got == relaxed[s] and got.info == relaxed[s].info
+    for name, value in relaxed[1].calc.results.items():
+        assert (known[1].calc.results[name] == value).all()
+
+
+def test_journal_has_one_user_at_a_time(folder):
+    with Journal(folder / "out.extxyz.journal", ["a"] * 4):
+        with pytest.raises(SystemExit, match="journal: cannot be used .database is locked.; anot"):
+            command(folder)
+    (folder / "out.extxyz.journal").write_text("Dear diary, " * 100)
+    with pytest.raises(SystemExit, match="it is no journal of tools.relax"):
+        command(folder)
+    assert (folder / "out.extxyz.journal").read_text() == "Dear diary, " * 100
+
+
+@pytest.mark.parametrize("error", (ValueError, KeyboardInterrupt))
+def test_mistakes_in_the_program_keep_their_traceback_and_what_is_relaxed(
+        error, folder, monkeypatch, capsys):
+    show = module.show_progress
+
+    def failing(step, moving):
+        show(step, moving)
+        if moving < 4:
+            raise error("a shape is wrong")
+
+    monkeypatch.setattr(module, "show_progress", failing)
+    with pytest.raises(SystemExit if error is KeyboardInterrupt else ValueError) as end:
+        command(folder, *LIMITS)
+    assert str(end.value) == ("interrupted" if error is KeyboardInterrupt else "a shape is wrong")
+    assert kept(folder) > 0 and "the same command goes on" in capsys.readouterr().err
+
+
+# ─── Entries of info that cannot be written ──────────────────────────────────────────────────────
+
+
+class Something:
+    """An object that has no place in a file of text."""
+
+
+BAD = {"two lines": "a\nb", "nothing": None, "empty": "", "object": Something(), "a=b": 1, 3: 1,
+       "ragged": [[1, 2], [3]], "complex": 1j, "quotes": 'say "x" \\', "x\ny": 2, "tabs": "a\tb"}
+GOOD = {"words": "a b", "number": 1.5, "flag": True, "list": [1, 2, 3], "digits": "007",
+        "matrix": np.eye(2), "dictionary": {"a": 1}, "with space": 4}
+
+
+@pytest.mark.parametrize("name", [*BAD, *GOOD])
+def test_what_extended_xyz_cannot_hold_is_left_out_and_said(name, tmp_path):
+    atoms = SLAB.copy()
+    atoms.info = {name: {**BAD, **GOOD}[name], "kept": 7}
+    atoms.arrays["column"] = np.array([1, 2])
+    told = []
+    prepare([MOLECULE.copy(), atoms], Path("in.traj"), False, told.append)
+    left_out = [f"note: extended XYZ cannot hold {name} of in.traj: left out"]
+    assert told == (left_out if name in BAD else [])
+    assert set(atoms.info) == {"kept", *([] if name in BAD else [name])}
+    ase.io.write(tmp_path / "out.extxyz", [atoms, MOLECULE])
+    got, _ = ase.io.read(tmp_path / "out.extxyz", ":")
+    assert got.info["kept"] == 7 and (got.pbc == SLAB.pbc).all() and "column" in got.arrays
+
+
+def test_columns_that_extended_xyz_cannot_hold_are_left_out():
+    atoms = SLAB.copy()
+    atoms.arrays.update(large=np.array([2**40, 1]), fine=np.eye(3)[:2], tensor=np.zeros((2, 2, 2)))
+    told = []
+    prepare([atoms], Path("in.traj"), False, told.append)
+    assert told == ["note: extended XYZ cannot hold large, tensor of in.traj: left out"]
+    assert set(atoms.arrays) == {"numbers", "positions", "fine"}
+
+
+def test_command_writes_all_but_an_entry_that_cannot_be_written(folder, capsys):
+    crystals = [atoms.copy() for atoms in MOVING]
+    crystals[2].info["remark"] = "over two\nlines"
+    crystals[3].info["name"] = "last"
+    ase.io.write(folder / "in.traj", crystals)
+    words = [str(folder / name) for name in ("model.pt", "in.traj", "out.extxyz")]
+    main([*words, "--device", "cpu", "--steps", "0"])
+    assert "cannot hold remark of" in capsys.readouterr().err
+    assert [atoms.info.get("name") for atoms in ase.io.read(words[2], ":")] == [
+        None, None, None, "last"]

@@ -35,6 +35,7 @@ from tools.frames import (
 )
 from tools.labels import LABELS, TABLE, Names
 from tools.options import add_evaluation, check_evaluation
+from tools.relax import leave_out
 from tools.sets import Frames
 
 PORTION = 1000  # frames whose neighbours are in memory at a time
@@ -207,6 +208,8 @@ def relabelled(atoms: ase.Atoms, found: dict) -> ase.Atoms:
         del atoms.info["group"]
     if atoms.info["material"] == atoms.info["source"]:  # it has none
         del atoms.info["material"]
+    for name in leave_out(atoms):
+        print_to_stderr(f"note: extended XYZ cannot hold the {name} of a frame: left out")
     for label in TABLE:
         value = found[label.name]
         if np.isfinite(value).all():

@@ -105,7 +105,12 @@ def check_evaluation(parser: argparse.ArgumentParser, args: argparse.Namespace) 
     if args.batch_atoms < 1:
         parser.error(f"--batch_atoms {args.batch_atoms}: must be positive")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(parser, args.device)
+
+
+def check_device(parser: argparse.ArgumentParser, device: str) -> None:
+    """End the program, with one sentence, if nothing can be computed there."""
     try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError):
-        parser.error(f"--device {args.device}: PyTorch has no such device here; try --device cpu")
+        torch.zeros(1, device=device).item()  # `meta` has tensors, but no numbers
+    except (RuntimeError, AssertionError, ImportError):
+        parser.error(f"--device {device}: PyTorch has no such device here; try --device cpu")
