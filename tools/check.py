@@ -126,7 +126,7 @@ MODELS = {
     "L=0": {"degree": 0},
     "L=4, two layers": {"degree": 4, "layers": 2, "channels": 4, "groups": 4},
     "atoms within the core": {"core": (1.3, 1.2, 1.1)},
-    "no core": {"core": (0.0, 0.0, 0.0)},
+    "no core, no E0": {"core": (0.0, 0.0, 0.0), "reference_energies": ()},
     "silu": {"activation": "silu"},
     "silu, fine": {"activation": "silu", "grid_degree": 131},
 }
