@@ -15,7 +15,7 @@ from ase.calculators.emt import EMT
 
 import facet
 import reference_numpy
-from tests.test_bugs import with_bug
+from tests.test_bugs import row_without_bugs, with_bug
 from tools import check
 from tools.check import (
     NOTHING,
@@ -142,12 +142,12 @@ def test_row_of_the_table_finds_what_is_wrong_with_any_calculator(name):
         assert broken.wrong and f"{unsound.unsound}: nan" in broken.note, line(broken)
 
 
-@pytest.mark.parametrize("row", (*PROPERTIES, *PARTS))
-def test_row_of_the_table_notices_a_model_that_gives_nan(row):
+def test_every_row_of_the_table_notices_a_model_that_gives_nan():
     """For one atom, the last. Control: each row is right without it, in test_bugs.py."""
     with with_bug("last_energy_is_nan"):
-        found = guard_row(row)
-    assert found.wrong, line(found)
+        rows = [guard_row(name) for name in (*PROPERTIES, *PARTS)]
+    for row in rows:
+        assert row.wrong, line(row)
 
 
 LAST = []
@@ -163,7 +163,7 @@ def test_property_sees_the_last_number_of_what_it_measures(name, of, error):
     every crystal but the first, where two are compared, for crystals in a batch, where these are,
     and else for all."""
     function, parts, tolerance = PROPERTIES[name]
-    calculator = facet.FacetCalculator(build(layers=1, degree=1), "cpu", torch.float64)
+    calculator = facet.FacetCalculator(build(layers=1, degree=0), "cpu", torch.float64)
     right = facet.evaluate
     crystals_seen = []
 
@@ -179,12 +179,10 @@ def test_property_sees_the_last_number_of_what_it_measures(name, of, error):
             results[-1][of] = with_wrong_end(results[-1][of], error)
         return results
 
-    before = function(calculator, TRICLINIC, of=parts)
-    calculator.reset()
     with mock.patch.object(facet, "evaluate", evaluate):
         found = function(calculator, TRICLINIC, of=parts)
     assert not found[parts.index(of)] <= TOL[tolerance], f"{of}: {found}"
-    assert max(before) <= TOL[tolerance], f"control: {before}"
+    assert not row_without_bugs(name).wrong, "the control"
 
 
 def test_row_that_says_nothing_about_a_calculator_says_so():

@@ -217,14 +217,14 @@ def test_origin_of_a_model_is_kept_and_close_atoms_are_warned_of_once(tmp_path):
     assert facet.load(tmp_path / "model.pt").origin == model.origin
     far = Atoms("SiOCu", [[0, 0, 0], [0, 0, 1.6], [0, 1.1, 0]])
     near = Atoms("SiOCu", [[0, 0, 0], [0, 0, 1.55], [0, 1.1, 0]])
-    for source, order in product((model, tmp_path / "model.pt"), ([0, 1, 2], [2, 1, 0])):
+    for source in (model, tmp_path / "model.pt"):
         calculator = facet.FacetCalculator(source, "cpu")
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            calculator.get_forces(far[order])
+            calculator.get_forces(far)
             facet.FacetCalculator(build(), "cpu").get_forces(near)
         with pytest.warns(UserWarning, match="and .* are 1.55 Å apart, closer than .*1.60 Å"):
-            calculator.get_forces(near[order])
+            calculator.get_forces(near)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             near.positions[1, 2] -= 0.01
