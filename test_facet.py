@@ -650,6 +650,16 @@ def test_ladder_breaks_where_one_number_is_another():
             steps = ladder(model, SMALL)
         assert [name for name, error in steps.items() if error > TOL["rounding"]] == [stage]
 
+    # Forces and stress, by differences, in their own precision
+    out = outputs(model, SMALL)
+    for stage in ("forces", "stress"):
+        slopes = {"forces": out["forces"].copy(), "stress": out["stress"][0].copy()}
+        slopes[stage].flat[-1] += 1e-4
+        given = {name: mock.Mock(return_value=values) for name, values in slopes.items()}
+        with mock.patch.multiple(reference_numpy, evaluate=lambda *crystal: want, **given):
+            steps = ladder(model, SMALL, derivatives=True)
+        assert [name for name, error in steps.items() if error > TOL["slope"]] == [stage]
+
 
 if __name__ == "__main__":
     sys.exit(main("python test_facet.py"))
