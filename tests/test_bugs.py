@@ -196,10 +196,29 @@ def core_with_a_kink(right, self, r, species, src):
 
 
 @planted("Facet.atomic_outputs", "isolated atom")
-def reference_energy_forgotten(right, self, batch):
+def reference_energy_of_silicon_forgotten(right, self, batch):
+    """Of one element, which the row looks at last."""
     out = right(self, batch)
-    E0 = batch.volume.new_tensor(self.config.reference_energies)
-    return {**out, "energies": out["energies"] - E0[batch.species]}
+    E0 = torch.where(batch.species == 0, self.config.reference_energies[0], 0.0)
+    return {**out, "energies": out["energies"] - E0}
+
+
+@planted("Facet.atomic_outputs", "empty places")
+def last_energy_is_nan(right, self, batch):
+    out = right(self, batch)
+    last = torch.arange(len(batch.species)) == len(batch.species) - 1
+    return {**out, "energies": out["energies"].masked_fill(last, torch.nan)}
+
+
+@planted("gaunt", "equals reference_numpy.py")
+def coupling_of_seven_digits(right, l1, l2, l3):
+    return right(l1, l2, l3).float().double()
+
+
+@planted("lebedev", "rotation")
+def grid_of_seven_digits(right, exact_degree):
+    points, weights = right(exact_degree)
+    return points, weights.float().double()
 
 
 @planted("kinship", "equals reference_numpy.py")
@@ -221,6 +240,13 @@ def groups_mixed_up(right, self, h, index, phi, Y):
 def wrong_second_derivative(right, *arguments):
     A, phi, Y, h, *rest = right(*arguments)
     return A, phi, Y, -h, *rest
+
+
+@planted("Facet.forward", "gradients for weights, product")
+def last_force_teaches_nothing(right, self, *arguments, **keywords):
+    out = right(self, *arguments, **keywords)
+    forces = out["forces"]
+    return {**out, "forces": torch.cat([forces[:-1], forces[-1:].detach()])}
 
 
 @planted("chunks", "supercell")

@@ -582,7 +582,7 @@ def test_neighbours_of_a_large_set_are_made_anew_and_its_crowd_is_guessed(tmp_pa
     same("molecule", guess[8], config.mean_neighbours, "formula")
     rows = np.array([0, 3, 8])
     for one, two in zip(kept[rows][1], large[rows][1], strict=True):
-        same("batch", two, one, "exact")
+        same("batch", two.nan_to_num(-1), one.nan_to_num(-1), "exact")  # a molecule has no volume
 
 
 def test_labels_that_a_frame_lacks_are_not_counted(tmp_path):

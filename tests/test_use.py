@@ -31,7 +31,9 @@ from tools.check import (
     CONFIG,
     MODELS,
     SMALL,
+    TOL,
     TRICLINIC,
+    WIDE_CORE,
     batch_of,
     build,
     differ,
@@ -61,7 +63,7 @@ def test_training_overfits_one_crystal():
     want = build()(batch)
     losses = []
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    for _ in range(30):
+    for _ in range(20):
         out = model(batch, differentiable=True)
         loss = sum((out[name] - want[name]).square().mean() for name in ALL)
         optimizer.zero_grad()
@@ -83,6 +85,52 @@ def test_saved_model_is_the_same_model(tmp_path):
     calculator = facet.FacetCalculator(path, "cpu", torch.float64)
     same("energy", [calculator.get_potential_energy(TRICLINIC)], want, "exact")
     differ("energy of another model", outputs(build(seed=1), TRICLINIC)["energy"], want)
+
+
+@pytest.mark.parametrize("activation, of_grid", (
+    ("product", ("b", "Ws", "W3.W", "W12.W")), ("silu", ("b", "W1.W", "W3.W"))))
+def test_names_and_shapes_of_the_tensors_in_a_checkpoint_stay(activation, of_grid, tmp_path):
+    """Checkpoints that exist have these and no others: C = 6 channels, 3 species, 12 splines,
+    3 layers · 3 groups · 3 degrees of radial functions."""
+    facet.save(build(activation=activation), tmp_path / "model.pt")
+    shapes = {"readout": (6,), "embedding.W": (3, 6), "splines.coefficients": (12, 27)}
+    for t, (l_in, l_out, paths) in enumerate(((0, 2, (1, 1, 1)), (2, 2, (3, 4, 4)), (2, 0, (3,)))):
+        for l3, Q in enumerate(paths):
+            shapes[f"layers.{t}.mix.W.{l3}"] = (6 * Q, 6)
+        shapes[f"layers.{t}.skip.a.W"] = (3, 6)
+        shapes[f"layers.{t}.skip.linear.W"] = (min(l_in, l_out) + 1, 6, 6)
+        for name in of_grid:
+            width = 12 if name == "W12.W" else 6
+            shapes[f"layers.{t}.grid.{name}"] = {
+                "b": (6,), "Ws": (6, 6)}.get(name, (l_out + 1, 6, width))
+
+    state = torch.load(tmp_path / "model.pt", weights_only=True)["state"]
+    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == shapes
+
+
+class Trap:
+    """What runs code, here a harmless one, in the program that unpickles it."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("part", ("state", "config", "origin", "more"))
+def test_code_in_a_checkpoint_is_not_run(part, tmp_path):
+    """Wherever in the file it is; control: Python would run it."""
+    model = copy.copy(build())
+    facet.save(model, tmp_path / "model.pt")
+    content = torch.load(tmp_path / "model.pt", weights_only=True)
+    content.setdefault(part, {})["readout"] = Trap(tmp_path / "caught")
+    torch.save(content, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="is not a Facet checkpoint, or it is damaged"):
+        facet.load(tmp_path / "model.pt")
+    assert not (tmp_path / "caught").exists(), "code of the file was run"
+    torch.load(tmp_path / "model.pt", weights_only=False)
+    assert (tmp_path / "caught").exists(), "this trap catches nobody"
 
 
 def test_interrupted_save_leaves_the_old_file(tmp_path):
@@ -382,6 +430,29 @@ def test_calculator_and_load_are_in_eval_mode(tmp_path):
     assert not any(part.training for part in facet.load(tmp_path / "model.pt").modules())
 
 
+def test_atoms_within_their_core_are_the_same_in_eval_and_in_training():
+    """Through the calculator, alone and in a batch; control: they repel each other, and a pair
+    beyond its core does not."""
+    model = build(core=WIDE_CORE)
+    crystals = []
+    for share in (0.1, 0.6, 0.95, 1.001):
+        end = WIDE_CORE[0] + WIDE_CORE[1]
+        places = [[0, 0, 0], share * end * np.array([2, -3, 6]) / 7, [0, 3.4, 0]]
+        crystals.append(Atoms("SiOCu", places, cell=[9, 8, 7], pbc=True))
+
+    calculator = facet.FacetCalculator(model, "cpu", torch.float64)
+    assert model.training and not calculator.model.training
+    neighbours = [facet.find_neighbours(atoms, CONFIG) for atoms in crystals]
+    together = facet.evaluate(calculator.model, neighbours)
+    for n, atoms in enumerate(crystals):
+        want = outputs(model, atoms)
+        repulsion = want["energies"] - outputs(build(core=(0.0,) * 3), atoms)["energies"]
+        assert (repulsion[:2] > TOL["meV"]).all() == (n < 3)
+        for name in ("energies", "forces"):
+            same(name, calculator.get_property(name, atoms), want[name])
+            same(f"{name} in a batch", together[n][name], want[name])
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 def test_outputs_have_their_shapes_and_dtypes(dtype):
     model = build(dtype)
@@ -572,7 +643,7 @@ def test_new_process_runs_a_calculator_and_changes_nothing_global(tmp_path):
                          ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_cuda_gives_the_numbers_of_the_cpu(name, dtype, tol):
-    several = TRICLINIC, PINNED["skewed"], PINNED["isolated atom"]
+    several = TRICLINIC, PINNED["skewed"], Atoms("O", cell=[9, 8, 7])
     want = outputs(build(**MODELS[name]), *several)
     model = copy.deepcopy(build(dtype, **MODELS[name])).cuda()
     for what, found in outputs(model, *several).items():

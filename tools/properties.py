@@ -232,22 +232,22 @@ def cutoff_continuity(calculator, atoms: Atoms, of="energy", noise: float = 1e-9
     cluster = leaving(atoms)
     far = value(calculator, cluster(30.0), "energy")
 
-    def seen(distance: float) -> bool:
-        return abs(value(calculator, cluster(distance), "energy") - far) > noise
+    def change(distance: float) -> float:
+        return abs(value(calculator, cluster(distance), "energy") - far)[0]
 
     inside, outside = 2.0, 27.0  # Å
-    if seen(outside):
+    if change(outside) > noise:
         raise NotApplicable("atoms see each other beyond 27 Å")
-    if not seen(inside):
+    if change(inside) <= noise:
         raise NotApplicable("atoms 2 Å apart do not see each other")
 
-    # Halve the distance between the two until they meet
+    # Halve the distance between the two until they meet; nan is inside, and then is the error
     while outside - inside > 1e-6:
         middle = (inside + outside) / 2
-        if seen(middle):
-            inside = middle
-        else:
+        if change(middle) <= noise:
             outside = middle
+        else:
+            inside = middle
     return difference(calculator, cluster(inside), cluster(30.0), of)
 
 
