@@ -548,8 +548,8 @@ def paths(l_in: int, l_out: int, L: int) -> list[tuple[int, int, int]]:
 def chunks(index: Tensor, X: int) -> list[slice]:
     """Atoms of index [N, B, K] in portions n for which X numbers [n, B, K, X] fit the cache.
 
-    Threads wait for each other after every chunk, so several threads get larger ones. On a GPU the
-    measure is its memory; no GPU has been measured. (benchmarks/density.py --chunks)
+    Threads wait for each other after every chunk, so several threads get larger ones. On a GPU
+    smaller ones are slower and larger ones no faster. (benchmarks/density.py --chunks, gpu.py)
     """
     numbers = 2 ** 26 if index.is_cuda else 2 ** 18 * torch.get_num_threads() ** 2
     n = max(1, numbers // max(1, index[0].numel() * X))

@@ -335,6 +335,6 @@ def test_command_is_that_of_test_facet(monkeypatch, capsys):
             check.main(program)
         assert end.value.code == 0
         text = capsys.readouterr().out
-        assert text.startswith(f"usage: {program} ") and text.count(f"    {program}") == 4
-        for option in ("--calculator", "--atoms", "--species", "--dtype"):
+        assert text.startswith(f"usage: {program} ") and text.count(f"    {program}") == 5
+        for option in ("--calculator", "--atoms", "--species", "--dtype", "--device"):
             assert option in text
