@@ -63,7 +63,7 @@ TIMES = ("seconds", "structures_per_s")  # columns of metrics.csv that depend on
 def only_training():
     """No report and no suspicions: tests/test_report.py and tests/test_frames.py test those."""
     with mock.patch.object(train_small.report, "report", lambda folder: {}):
-        with mock.patch.object(of_frames, "look_at", lambda given, say, strict: None):
+        with mock.patch.object(of_frames, "look_at", lambda given, say: None):
             yield
 
 
