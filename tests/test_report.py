@@ -373,7 +373,7 @@ def test_physics_does_not_warn_of_close_atoms(model, crystals):
     near.origin = {"shortest": {f"{a}-{b}": 9.0 for a in emt.METALS for b in emt.METALS}}
     atoms = read([str(crystals)])[0]
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         physics.equivariance_error(near, [atoms])
     with pytest.warns(UserWarning, match="closer than in the training data"):
         facet.FacetCalculator(near, "cpu").get_forces(atoms)

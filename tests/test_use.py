@@ -220,13 +220,13 @@ def test_origin_of_a_model_is_kept_and_close_atoms_are_warned_of_once(tmp_path):
     for source in (model, tmp_path / "model.pt"):
         calculator = facet.FacetCalculator(source, "cpu")
         with warnings.catch_warnings():
-            warnings.simplefilter("error")
+            warnings.simplefilter("error", UserWarning)
             calculator.get_forces(far)
             facet.FacetCalculator(build(), "cpu").get_forces(near)
         with pytest.warns(UserWarning, match="and .* are 1.55 Å apart, closer than .*1.60 Å"):
             calculator.get_forces(near)
         with warnings.catch_warnings():
-            warnings.simplefilter("error")
+            warnings.simplefilter("error", UserWarning)
             near.positions[1, 2] -= 0.01
             calculator.get_forces(near)
             near.positions[1, 2] += 0.01
@@ -516,7 +516,7 @@ def fresh(activation: str, dtype: torch.dtype) -> facet.Facet:
         return facet.Facet(replace(CONFIG, activation=activation), dtype)
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: getattr(mode, "__name__", "autocast"))
 def test_model_and_calculator_are_the_same_in_any_mode_of_torch(mode, tmp_path):
     """Weights, constants and the batch; forces. Neither the calculator nor load draws numbers."""
     for activation, dtype in product(("product", "silu"), (torch.float32, torch.float64)):
@@ -582,7 +582,8 @@ def test_threads_do_not_disturb_each_other():
     same("state of the random numbers", torch.get_rng_state(), random_numbers, "exact")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no fork on Windows")
+@pytest.mark.skipif(sys.platform == "win32" or torch.cuda.is_available(),
+                    reason="no fork on Windows, nor of a process that used a GPU")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_calculator_works_in_a_forked_process():
     """Sent there, after it was used here."""

@@ -335,7 +335,7 @@ def main(arguments: list[str] | None = None) -> None:
         if args.out:
             write(args.out, frames, predictions)
             print(f"{args.out}: {len(frames)} frames with the model's {', '.join(LABELS)}")
-    except (BadInput, OSError) as error:
+    except (BadInput, MemoryError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

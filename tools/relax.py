@@ -37,6 +37,7 @@ import facet
 from tools.files import read_atoms
 from tools.frames import BadInput, load_model, print_to_stderr, write_whole
 from tools.options import add_evaluation, check_evaluation
+from tools.replay import Replayed
 
 # ─── The relaxation of one crystal ───────────────────────────────────────────────────────────────
 
@@ -488,6 +489,8 @@ def main(arguments: list[str] | None = None) -> None:
         # what is to be done
         refuse_existing(args.output)
         model = load_model(args.model, args.device).requires_grad_(False)
+        if next(model.parameters()).is_cuda:
+            model = Replayed(model)
         crystals = list(read_atoms(args.input, print_to_stderr))
         cell = not args.no_cell
         prepare(crystals, args.input, cell, print_to_stderr)
@@ -508,7 +511,7 @@ def main(arguments: list[str] | None = None) -> None:
                 raise BadInput(f"{args.input}: {error}") from error
             refuse_existing(args.output)
             write(args.output, relaxed)
-    except (BadInput, OSError, sqlite3.Error) as error:
+    except (BadInput, MemoryError, OSError, sqlite3.Error) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted")
