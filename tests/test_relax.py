@@ -583,7 +583,8 @@ def evaluated(monkeypatch) -> list[int]:
     return found
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.skipif(not hasattr(os, "fork") or torch.cuda.is_available(),
+                    reason="needs fork, of a process that used no GPU")
 @pytest.mark.parametrize("when", ("before", "after", "writing"))
 def test_killed_command_goes_on(when, folder, capsys, evaluated):
     crystals = ase.io.read(folder / "start.extxyz", ":")
