@@ -13,8 +13,8 @@ eV/Å and, where there is one, stress in eV/Å³. JSON in other layouts is conve
 Writes to runs/<name>/: model.pt, checkpoint.pt, metrics.csv, result.json, report.png.
 
 A run is a number of epochs: the same seed and number of threads give the same model on the same
-machine, however busy it is. A tenth of the training materials is set aside for validation, which
-the log watches; the test set is looked at once, in the end. --minutes makes a run end by the clock.
+machine, however busy it is. A tenth of the frames is held back for validation, which the log
+watches, and a tenth for the test, once, in the end. --minutes makes a run end by the clock.
 """
 from __future__ import annotations
 
@@ -45,9 +45,10 @@ from tools.batches import (
     ten_structures,
 )
 from tools.frames import BadInput, Frames, load_model
-from tools.labels import TABLE
+from tools.labels import LABELS, TABLE
 from tools.options import (
     MODEL,
+    check_device,
     check_range,
     chosen,
     label_settings,
@@ -145,15 +146,16 @@ class Settings(SHARED):
 # ─── Losses ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def losses(out: dict, target: dict, count: torch.Tensor, scale: float, huber: float):
-    """The Huber loss of each label, [3]: energy per atom, forces, virial per atom, over the scale.
+def losses(out: dict, target: dict, count: torch.Tensor, scale: float,
+           huber: float) -> dict[str, torch.Tensor]:
+    """The Huber loss of each label: energy per atom, forces, virial per atom, over the scale.
 
     out: of the model; target: as Samples gives it; count [3]: how many labels all processes have.
     Each is a sum over this process' share, divided by what all have: summed over the processes it
     is the mean. Where there is no label the error counts as zero.
     """
-    total = []
-    for label in TABLE:
+    parts = {}
+    for label, labels in zip(TABLE, count.clamp(min=1), strict=True):
         labelled = target[label.output].isfinite()
         error = out[label.output] - target[label.output].nan_to_num()  # [N, …] or [S, …]
         if label.extensive or label.per_volume:
@@ -162,25 +164,22 @@ def losses(out: dict, target: dict, count: torch.Tensor, scale: float, huber: fl
             error = error / scale
         beta = huber / label.sharper
         loss = smooth_l1_loss(error, torch.zeros_like(error), beta=beta, reduction="none")
-        total.append((loss * labelled).sum().float())
-    return torch.stack(total) / count.clamp(min=1)  # [3]
+        parts[label.name] = (loss * labelled).sum().float() / labels
+    return parts
 
 
-def loss_weights(s: Settings, share: float) -> list[float]:
+def loss_weights(s: Settings, share: float) -> dict[str, float]:
     """Of each label; that of the energy grows from a twentieth to the end of the training."""
-    weights = []
+    weights = {}
     for label in TABLE:
         weight = 1.0 if label.weight is None else getattr(s, f"{label.name}_weight")
-        weights.append(weight * 0.05 ** (1 - share) if label.grows else weight)
+        weights[label.name] = weight * 0.05 ** (1 - share) if label.grows else weight
     return weights
 
 
-def losses_by_name(weights: list[float], parts: list[float]) -> dict[str, float]:
-    """Columns of the log: the loss that was minimised, and its parts."""
-    row = {"loss": sum(weight * part for weight, part in zip(weights, parts, strict=True))}
-    for label, part in zip(TABLE, parts, strict=True):
-        row[f"loss_{label.name}"] = part
-    return row
+def weighted(weights: dict[str, float], parts: dict):
+    """The loss that is minimised. Raises KeyError for a part without a weight."""
+    return sum(weights[name] * part for name, part in parts.items())
 
 
 # ─── Optimisers ───────────────────────────────────────────────────────────────────────────────────
@@ -246,13 +245,14 @@ def train(model: facet.Facet, frames: Frames, valid: Frames, s: Settings, folder
     def gradient_of(batch: facet.Batch, target: dict) -> torch.Tensor:
         """The losses, [3]; the gradient of their weighted sum goes to .grad of the weights."""
         out = engine(batch, differentiable=True)
-        parts = losses(out, target, target["count"], model.config.energy_scale, s.huber)  # [3]
+        parts = losses(out, target, target["count"], model.config.energy_scale, s.huber)
+        loss = weighted(dict(zip(LABELS, target["weights"], strict=True)), parts)
 
         # For the weights alone and not for the positions of the atoms, too.
         # DistributedDataParallel takes the mean over processes, and we want the sum
         model.zero_grad()
-        (team.size * (target["weights"] * parts).sum()).backward(inputs=trained)
-        return parts.detach()
+        (team.size * loss).backward(inputs=trained)
+        return torch.stack([parts[name] for name in LABELS]).detach()  # [3]
 
     if device.type == "cuda" and team.size == 1:
         gradient_of = ReplayedGradient(gradient_of, model)
@@ -268,14 +268,14 @@ def train(model: facet.Facet, frames: Frames, valid: Frames, s: Settings, folder
         while p.share < 1:
             # Losses, and their gradient
             rows, batch, target = fetch(stream, device, p)
-            weights = loss_weights(s, p.share)  # [3]
-            target["weights"] = filled(weights, device)  # [3]
+            weights = loss_weights(s, p.share)
+            target["weights"] = filled([weights[name] for name in LABELS], device)  # [3]
             target["count"] = team.sum(target["count"])  # [3]
             parts = gradient_of(batch, target)  # [3]
             gradient = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-            *parts, gradient, seconds, stop = team.agree(
+            parts, gradient, seconds, stop = team.agree(
                 parts, gradient, p.seconds(), len(interrupted))
-            if not np.isfinite([*parts, gradient]).all():
+            if not np.isfinite([*parts.values(), gradient]).all():
                 give_up(model, samples, rows, s, f"at step {p.step} of {folder}", team)
 
             # Step: warm-up, then a cosine to zero; the average of the weights follows
@@ -297,7 +297,8 @@ def train(model: facet.Facet, frames: Frames, valid: Frames, s: Settings, folder
                 moment = time.perf_counter()
                 if log and line_due:
                     log.line(averaged, p.left(seconds), {
-                        "step": p.step, "seconds": seconds, **losses_by_name(weights, parts),
+                        "step": p.step, "seconds": seconds, "loss": weighted(weights, parts),
+                        **{f"loss_{name}": part for name, part in parts.items()},
                         "lr": s.lr * schedule, "gradient": gradient,
                         "structures_per_s": p.rate(seconds)})
                 save(folder, log, model, averaged, optimisers, p, kept)
@@ -317,9 +318,9 @@ def give_up(model: facet.Facet, samples: Samples, rows, s: Settings, where: str,
         _, batch, target = alone[np.array([i])]
         target = {name: label.to(device) for name, label in target.items()}
         out = model(batch.to(device), differentiable=True)
-        parts = losses(out, target, target["count"], model.config.energy_scale, s.huber)  # [3]
-        gradient = torch.autograd.grad(parts.sum(), weights, allow_unused=True)
-        values = [parts, *(g for g in gradient if g is not None)]
+        parts = losses(out, target, target["count"], model.config.energy_scale, s.huber)
+        gradient = torch.autograd.grad(sum(parts.values()), weights, allow_unused=True)
+        values = [*parts.values(), *(g for g in gradient if g is not None)]
         if not all(value.isfinite().all() for value in values):
             names.append(alone.frames[int(i)].info["source"])
 
@@ -362,9 +363,6 @@ def train_and_report(s: Settings, out: Path, resume: Path | None, command: str, 
 
     # Data and model
     sets = read_sets(s, out, team, resumed)
-    if resumed and resumed["data"] != sets["train"].fingerprint():
-        raise BadInput(f"{resume}: the training set is not the one that this run began with; "
-                       "begin a new run")
     model = first_model(s, sets, base, resumed, command, team).to(device)
     check_outputs(model, sets["train"])
     folder = resume or (new_folder(out, s.name) if team.rank == 0 else out)
@@ -482,10 +480,7 @@ def parse(arguments: list[str]) -> tuple[Settings, Path | None]:
         parser.error(str(error))
     if s.test not in ((), ("0",)) and not s.train:
         parser.error("--test without --train: say what to train on")
-    try:
-        torch.empty(0, device=s.device or "cpu")
-    except (RuntimeError, AssertionError):
-        parser.error(f"--device {s.device}: PyTorch has no such device here; try --device cpu")
+    check_device(parser, s.device or "cpu")
     return s, resume
 
 

@@ -384,13 +384,13 @@ def make_step(name: str, data: tuple, batch_atoms: int) -> Callable:
     plan = next(batches.epochs(samples.atoms, crowd, batch_atoms * crowd.mean(), 0))
     _, batch, target = samples[plan[0]]
     optimizers = train_small.optimizers(model, s, 1000)
-    weights = torch.tensor([1.0, 1.0, s.stress_weight])
+    weights = train_small.loss_weights(s, 1.0)
 
     def step() -> None:
         out = model(batch, differentiable=True)
         parts = train_small.losses(out, target, target["count"], config.energy_scale, s.huber)
         model.zero_grad()
-        (weights * parts).sum().backward()
+        train_small.weighted(weights, parts).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), train_small.CLIP)
         for optimizer in optimizers:
             optimizer.step()

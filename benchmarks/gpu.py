@@ -49,7 +49,7 @@ from torch.profiler import ProfilerActivity, profile
 import facet
 import train_small
 from tools.frames import Frames, load_sets
-from tools.labels import TABLE
+from tools.labels import LABELS, TABLE
 from tools.replay import Replayed, ReplayedGradient
 from tools.statistics import statistics
 
@@ -113,8 +113,9 @@ def step_of(model: facet.Facet, batch: facet.Batch, device: str, replay: bool = 
         out = model(batch, differentiable=True)
         parts = train_small.losses(out, target, target["count"], 1.0, settings.huber)
         model.zero_grad()
-        (target["weights"] * parts).sum().backward(inputs=trained)
-        return parts.detach()
+        weights = dict(zip(LABELS, target["weights"], strict=True))
+        train_small.weighted(weights, parts).backward(inputs=trained)
+        return torch.stack([parts[name] for name in LABELS]).detach()  # [3]
 
     gradient_of = ReplayedGradient(gradient_of, model) if replay else gradient_of
 

@@ -307,7 +307,7 @@ def test_frame_trains_with_the_labels_it_has(tmp_path):
     assert "energy              in 12 of 14 frames" in frames.report(some)
 
     said = []
-    frames.load_sets(settings(train=(path,)), tmp_path, said.append)
+    frames.load_sets(settings(train=(path,), valid=("0",), test=("0",)), tmp_path, said.append)
     assert said == [f"note: 2 of 14 frames of the training set have no energy, the first of them "
                     f"{path}, frame 5; their other labels count",
                     f"note: 1 of 14 frames of the training set have no forces, the first of them "
@@ -659,35 +659,7 @@ def test_interleaved_frames_of_a_trajectory_are_one_material(tmp_path):
     assert len(set(found.materials())) == 30
 
 
-def edges(rest, held) -> int:
-    """How many of the frames held have a neighbour in time in the rest, of the same element."""
-    left = {(str(atoms.symbols), atoms.info["time"]) for atoms in rest}
-    count = 0
-    for atoms in held:
-        key = str(atoms.symbols)
-        count += (key, atoms.info["time"] - 1) in left or (key, atoms.info["time"] + 1) in left
-    return count
-
-
-@pytest.mark.parametrize("elements", [("Cu",), ("Cu", "Ni")])
-def test_trajectory_is_split_in_blocks(elements):
-    """The control: the same frames in random order have no blocks to keep together."""
-    images = []
-    for time, several in enumerate(zip(*(motion(element) for element in elements),
-                                       strict=True)):
-        for atoms in several:
-            frame = frames.labelled(atoms, 0.0, np.zeros((4, 3)), material=str(atoms.symbols))
-            frame.info["time"] = time
-            images.append(frame)
-    rest, held = frames.split(frames.in_memory(images), 0)
-    assert len(held) == 6 * len(elements) and edges(rest, held) <= 4 * len(elements)
-    assert len(rest) + len(held) == len(images)
-    mixed = [images[i] for i in np.random.default_rng(0).permutation(len(images))]
-    rest, held = frames.split(frames.in_memory(mixed), 0)
-    assert len(held) == 6 * len(elements) and edges(rest, held) == len(held)
-
-
-@pytest.mark.parametrize("key", ["mptrj_traj_id", "material_id", "material"])
+@pytest.mark.parametrize("key", ["mp_id", "mptrj_traj_id", "material_id", "material"])
 def test_material_that_a_frame_names_is_its_material(key, tmp_path):
     crystals = copper(4)
     for atoms, name in zip(crystals, ["mp-1", "mp-2", "mp-1", 12], strict=True):
@@ -697,66 +669,10 @@ def test_material_that_a_frame_names_is_its_material(key, tmp_path):
     assert found[3].info["material"] == "#12", "ASE's databases would refuse the text 12"
 
 
-def test_split_keeps_a_material_on_one_side():
-    some = frames.in_memory(alloys(60))
-    rest, held = frames.split(some, 0)
-    assert (len(rest), len(held)) == (54, 6)
-    assert not set(rest.materials()) & set(held.materials())
-    assert frames.split(some, 1)[1].fingerprint() != held.fingerprint()
-    assert len(frames.split(some, 0, share=0.5)[1]) == 30
-
-
-def test_split_has_the_rows_it_always_had():
-    """Published runs were split so: by materials, and by frames where materials are few."""
-    def sources(some):
-        return [int(atoms.info["source"].split()[-1]) for atoms in some]
-
-    many = frames.in_memory(alloys(60))
-    assert sources(frames.split(many, 3)[1]) == PINNED_BY_MATERIAL
-    few = frames.in_memory(alloys(18))
-    assert len(set(few.materials())) == 9
-    assert sources(frames.split(few, 3)[1]) == PINNED_BY_FRAME
-
-
-# of numpy.random.default_rng(3).permutation the first 3 of 30 materials of two frames, 1 of 18
-PINNED_BY_MATERIAL = [40, 41, 46, 47, 52, 53]
-PINNED_BY_FRAME = [15]
-
-
 def free(symbol: str, box: float = 0.0) -> Atoms:
     """A free atom, in a periodic box if there is one."""
     atoms = Atoms(symbol, cell=[box] * 3, pbc=box > 0)
     return frames.labelled(atoms, -1.0, np.zeros((1, 3)), source=f"free {symbol}")
-
-
-@pytest.mark.parametrize("count, box", [(18, 0.0), (60, 20.0)])  # by frames, and by materials
-def test_free_atoms_stay_in_training(count, box):
-    crystals = alloys(count)
-    loose = [free(symbol, box) for symbol in ("Li", "O", "Fe")]
-    some = frames.in_memory([loose[0], *crystals[:5], loose[1], *crystals[5:], loose[2]])
-    without = frames.in_memory(crystals)
-    for seed in range(20):
-        rest, held = frames.split(some, seed)
-        assert sum(len(atoms) == 1 for atoms in rest) == 3
-        assert [atoms.info["source"] for atoms in held] == \
-               [atoms.info["source"] for atoms in frames.split(without, seed)[1]]
-
-    # also where other frames of their material are held back
-    same = frames.in_memory([*loose, *crystals])
-    for atoms in same.parts[0].images[:3]:
-        atoms.info["material"] = "material 0"
-    assert all(len(atoms) > 1 for seed in range(60) for atoms in frames.split(same, seed)[1])
-
-    # the control: one atom in a small cell is a crystal like any other
-    dense = frames.in_memory([free("Li", 3.0), *crystals])
-    assert not frames.free_atoms(dense).any() and frames.free_atoms(some).sum() == 3
-    assert any(len(atoms) == 1 for seed in range(60) for atoms in frames.split(dense, seed)[1])
-
-
-def test_one_frame_cannot_be_split():
-    for crystals in (alloys(1), [free("Li"), free("O")], []):
-        with pytest.raises(BadInput, match="cannot be split"):
-            frames.split(frames.in_memory(crystals), 0)
 
 
 def settings(**more) -> SimpleNamespace:
@@ -783,7 +699,7 @@ def test_load_sets_aside_what_is_not_given(tmp_path):
         return [len(some) for some in sets]
 
     train, valid, test = paths["train"], paths["valid"], paths["test"]
-    assert sizes(train=train) == [42, 4, 4]  # 25 materials of two frames: 2 of them, 2 of 23
+    assert sizes(train=train) == [42, 4, 4]  # of 25 materials of two frames two each
     assert sizes(train=train, test=test) == [46, 4, 10]
     assert sizes(train=train, valid=valid) == [46, 30, 4]
     assert sizes(train=train, valid=valid, test=test) == [50, 30, 10]
@@ -810,10 +726,10 @@ def test_equal_frames_are_trained_on_once(tmp_path):
         said.clear()
         train, valid, test = frames.load_sets(settings(train=paths), tmp_path, said.append)
         assert len(train) + len(valid) + len(test) == 6
-        copies = said[-1]
+        copies, _, _ = said  # then how they were split, and that they are few
         assert copies.startswith(f"note: {count} of {6 + count} frames to train on are there "
                                  f"twice and dropped, the first of them {path}, frame 6, which "
-                                 f"equals {path}, frame 0") and len(said) == 1
+                                 f"equals {path}, frame 0")
 
     # the control: another energy, force or place is another frame
     for change in (lambda atoms: atoms.calc.results.update(energy=0.5),
@@ -887,7 +803,7 @@ def test_free_atoms_of_a_test_file_stay_there_and_are_named(tmp_path):
         paths[name] = (write(tmp_path / f"{name}.xyz", crystals),)
     said = []
     train, _, test = frames.load_sets(
-        settings(train=paths["a"], test=paths["b"]), tmp_path, said.append)
+        settings(train=paths["a"], valid=("0",), test=paths["b"]), tmp_path, said.append)
     assert said == [f"note: 2 free atoms of the test set stay there and are not trained on, the "
                     f"first of them {paths['b'][0]}, frame 3"]
     assert frames.free_atoms(train).sum() == 1 and frames.free_atoms(test).sum() == 2
@@ -896,16 +812,31 @@ def test_free_atoms_of_a_test_file_stay_there_and_are_named(tmp_path):
 def test_strict_turns_warnings_into_errors_and_quiet_says_nothing(tmp_path, capsys):
     crystals = copper(15)
     path = write(tmp_path / "a.xyz", crystals)
-    frames.load_sets(settings(train=(path,), strict=True), tmp_path)
+    given = dict(train=(path,), valid=("0",), test=("0",))
+    frames.load_sets(settings(**given, strict=True), tmp_path)
     assert capsys.readouterr().err == ""
     crystals[4].calc.results["energy"] = 1e6
     write(tmp_path / "a.xyz", crystals)
-    frames.load_sets(settings(train=(path,)), tmp_path)
+    frames.load_sets(settings(**given), tmp_path)
     text = capsys.readouterr().err
     assert text.startswith("warning: energies far") and f"{path}, frame 4" in text
     assert text.count("\n") == 1
     with pytest.raises(BadInput, match="1 warnings, which --strict .* frame 4"):
-        frames.load_sets(settings(train=(path,), strict=True), tmp_path)
+        frames.load_sets(settings(**given, strict=True), tmp_path)
+    capsys.readouterr()
+    frames.load_sets(settings(**given, strict=True), tmp_path, say=None)
+    assert capsys.readouterr().err == ""
+
+
+def test_split_is_told_and_parts_that_are_too_small_are_warned_of(tmp_path, capsys):
+    """With --strict that is an error; nothing is said where files are given, or nobody listens."""
+    path = write(tmp_path / "a.xyz", copper(15))
+    frames.load_sets(settings(train=(path,)), tmp_path)
+    told, warned = capsys.readouterr().err.splitlines()
+    assert told == "note: held back by single frames (15): 13 to train, 1 to validate, 1 to test"
+    assert warned.startswith("warning: few frames (1 to validate, 1 to test): errors of so few")
+    with pytest.raises(BadInput, match="1 warnings, which --strict .* few frames .1 to test.: "):
+        frames.load_sets(settings(train=(path,), valid=("0",), strict=True), tmp_path)
     capsys.readouterr()
     frames.load_sets(settings(train=(path,), strict=True), tmp_path, say=None)
     assert capsys.readouterr().err == ""

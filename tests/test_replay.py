@@ -12,7 +12,7 @@ from tools import replay
 from tools.batches import Samples
 from tools.check import MODELS, SMALL, TRICLINIC, batch_of, build, differ, same
 from tools.frames import BadInput
-from tools.labels import TABLE
+from tools.labels import LABELS, TABLE
 from tools.properties import random_alloy
 from tools.run import filled
 from tools.statistics import statistics
@@ -113,8 +113,9 @@ def test_replayed_gradient_is_the_gradient(device, tmp_path):
         out = model(batch, differentiable=True)
         parts = train_small.losses(out, target, target["count"], config.energy_scale, 0.1)
         model.zero_grad()
-        (target["weights"] * parts).sum().backward(inputs=trained)
-        return parts.detach()
+        weights = dict(zip(LABELS, target["weights"], strict=True))
+        train_small.weighted(weights, parts).backward(inputs=trained)
+        return torch.stack([parts[name] for name in LABELS]).detach()  # [3]
 
     replayed = replay.ReplayedGradient(gradient_of, model)
     found = []
@@ -178,7 +179,7 @@ def test_training_on_a_gpu_is_that_on_the_cpu(tmp_path):
     for device, other in (("cpu", "cuda"), ("cuda", "cpu")):
         run(tmp_path, out=device, device=device, steps=8)
         found[device] = weights_of(tmp_path / device / "a" / "model.pt")
-        weights = [train_small.loss_weights(short(), share / 8) for share in range(4)]
+        weights = [train_small.loss_weights(short(), step / 8) for step in range(4)]
         with mock.patch.object(train_small, "loss_weights", side_effect=[*weights, Stop]):
             with pytest.raises(Stop):
                 run(tmp_path, out=f"{device} first", device=device, steps=8)

@@ -3,6 +3,7 @@ import copy
 import csv
 import io
 import json
+import re
 import runpy
 import sys
 import warnings
@@ -10,18 +11,21 @@ from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import ase.build
 import ase.io
 import numpy as np
 import pytest
 import torch
+from ase.calculators.calculator import Calculator
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase.md.verlet import VelocityVerlet
 from matplotlib.figure import Figure
 
 import facet
-from tools import emt, evaluate, physics, report
-from tools.frames import read
+from tools import emt, evaluate, panels, physics, properties, report
+from tools.frames import load_sets, read
 from tools.labels import labelled
 
 CONFIG = facet.Config(
@@ -51,9 +55,11 @@ def model() -> facet.Facet:
 def run_folder(folder: Path, model, log=((1, 0.5, 20.0, 80.0), (2, 1.0, 10.0, 50.0)),
                **settings) -> Path:
     """A folder such as a training leaves, with the settings given."""
+    settings = {**SETTINGS, **settings}
     folder.mkdir(parents=True)
+    train, _, _ = load_sets(SimpleNamespace(**settings), folder.parent, say=None)
     facet.save(model, folder / "model.pt")
-    facet.save(model, folder / "checkpoint.pt", settings={**SETTINGS, **settings})
+    facet.save(model, folder / "checkpoint.pt", settings=settings, data=train.fingerprint())
     with open(folder / "metrics.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([COLUMNS, *log])
     return folder
@@ -195,6 +201,23 @@ def test_pair_potential_finds_a_pair_potential(crystals):
         np.testing.assert_allclose(one["stress"], other["stress"], atol=1e-6)
 
 
+def test_pair_potential_is_fitted_to_the_training_set_alone(make_run, crystals, tmp_path,
+                                                            monkeypatch):
+    """All of it, and no frame of the validation or test set."""
+    images = ase.io.read(crystals, ":30")
+    files = {name: (written(tmp_path / f"{name}.extxyz", images[first:last]),)
+             for name, first, last in (("train", 0, 20), ("valid", 20, 25), ("test", 25, 30))}
+    seen = []
+
+    def watched(self, frames):
+        seen.extend(atoms.info["source"] for atoms in frames)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(report.PairPotential, "fit", watched)
+    with pytest.raises(KeyboardInterrupt):
+        report.report(make_run(**files))
+    assert seen == [f"{files['train'][0]}, frame {i}" for i in range(20)]
+
+
 # ─── Physics ─────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -220,6 +243,35 @@ def test_equation_of_state_holds_stress_against_energy(model):
     assert 0 < found["stress_against_energy_GPa"] < 1  # differences over 1 % of the volume
 
 
+class Springs(Calculator):
+    """Every atom on a spring of 20 eV/Å² to its place."""
+
+    implemented_properties = ("energy", "forces")
+    places = None
+
+    def calculate(self, atoms, *more):
+        if self.places is None:
+            self.places = atoms.positions.copy()
+        moved = atoms.positions - self.places
+        self.results = {"energy": 10 * (moved ** 2).sum(), "forces": -20 * moved}
+
+
+def test_dynamics_have_the_temperature_that_is_printed(model, monkeypatch):
+    """On average, once half of the kinetic energy has gone; springs in place of the model."""
+    found = []
+
+    class Watched(VelocityVerlet):
+        def __init__(self, atoms, *arguments):
+            super().__init__(atoms, *arguments)
+            self.attach(lambda: found.append(atoms.get_temperature()))
+    monkeypatch.setattr(properties, "VelocityVerlet", Watched)
+    monkeypatch.setattr(physics, "calculator_of", lambda model: Springs())
+    table = physics.energy_drift(model, ase.build.bulk("Cu", cubic=True) * (5, 5, 5))
+    assert len(found) == 401 and found[0] == pytest.approx(2 * table["kelvin"], rel=0.1)
+    assert np.mean(found) == pytest.approx(table["kelvin"], rel=0.1)
+    assert table["time_ps"][-1] == pytest.approx(0.4)
+
+
 def test_equivariance_error_is_rounding(model, crystals):
     found = physics.equivariance_error(model, list(read([str(crystals)])[:3]))
     assert len(found["float32"]) == len(found["float64"]) == 3
@@ -233,6 +285,110 @@ def test_silu_on_a_coarse_grid_shows_an_equivariance_error(crystals):
         coarse = facet.Facet(config)
     found = physics.equivariance_error(coarse, list(read([str(crystals)])[:3]))
     assert max(found["float64"]) > 1e-4
+
+
+def test_physics_are_printed_with_their_signs_and_units(capsys):
+    """Numbers that can be checked in the head: a falling energy, a lattice 2 % too small."""
+    found = {
+        "energy_drift": {"kelvin": 300.0, "drift_meV_per_atom_per_ps": -0.25,
+                         "energy_meV_per_atom": [0.0, 7.0]},
+        "equivariance_error": {"float32": [1e-6, 3e-6, 2e-6], "float64": [4e-15, 5e-16]},
+        "relaxation": {"structure": "Cu3Au",
+                       "emt": {"lattice_constant_A": 4.0, "steps": 11},
+                       "facet": {"lattice_constant_A": 3.92, "steps": 22}}}
+    report.print_physics(found)
+    assert capsys.readouterr().out == (
+        "\ntotal energy in molecular dynamics at 300 K: -0.25 meV/atom/ps; "
+        "equivariance error of forces: 3e-06 (float32), 4e-15 (float64)\n"
+        "\nCu3Au, relaxed by FIRE with FrechetCellFilter: EMT a = 4.0000 Å in 11 steps, "
+        "Facet a = 3.9200 Å in 22 steps (-2.00 %)\n")
+
+
+def shown(axis) -> list[tuple[list[float], list[float]]]:
+    """The points of each line of a panel."""
+    return [(list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines]
+
+
+def test_panels_show_the_numbers_in_their_units(model, monkeypatch):
+    """Two frames, of one and two atoms, by hand: the reference lies along x, the model along y."""
+    kept = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: kept.append(self))
+    test = [ase.Atoms("Cu"), ase.Atoms("CuAu")]
+    wanted, predictions = (
+        [{"energy": first, "forces": np.full((1, 3), size), "stress": np.full((3, 3), size)},
+         {"energy": second, "forces": np.full((2, 3), -size), "stress": np.full((3, 3), -size)}]
+        for first, second, size in ((1.0, 6.0, 0.1), (1.5, 7.0, 0.2)))
+    result = {
+        "energy_mae_meV_per_atom": 12.345, "force_mae_eV_per_A": 0.0678, "stress_mae_GPa": 9.876,
+        "by_element_eV_per_A": {"Au": 0.3, "Cu": 0.1}, "by_size_eV_per_A": [(0.5, 0.01), (2, 0.04)],
+        "physics": {
+            "structure": "Cu32", "equivariance_error": {"float32": [1e-6, 3e-6]},
+            "equation_of_state": {"volume_A3_per_atom": [10, 11], "energy_eV_per_atom": [-3, -2]},
+            "energy_drift": {"kelvin": 300.0, "time_ps": [0.0, 0.1, 0.2],
+                             "energy_meV_per_atom": [0.0, 3.0, 1.0],
+                             "drift_meV_per_atom_per_ps": 4.5}}}
+    log = [{"step": "10", "energy_mae_meV_per_atom": "20.5", "force_mae_meV_per_A": "80.5",
+            "loss_forces": "7"},
+           {"step": "20", "energy_mae_meV_per_atom": "nan", "force_mae_meV_per_A": "50.5",
+            "loss_forces": "6"}]
+    panels.draw(Path("none.png"), model, result, test, predictions, wanted, log)
+    energy, force, stress, element, size, *splines, state, drift, turned, progress = kept[0].axes
+
+    # parity, energies per atom from the mean of the reference; the first line is the diagonal
+    x, y = shown(energy)[1]
+    assert x == pytest.approx([-1, 1]) and y == pytest.approx([-0.5, 1.5])
+    assert energy.get_title() == "energy: MAE 12.35 meV/atom" and "(eV/atom)" in energy.get_xlabel()
+    x, y = shown(force)[1]
+    assert x == pytest.approx([0.1] * 3 + [-0.1] * 6) and y == pytest.approx([0.2] * 3 + [-0.2] * 6)
+    assert force.get_title() == "force: MAE 67.8 meV/Å" and "(eV/Å)" in force.get_xlabel()
+    x, y = shown(stress)[1]
+    assert x == pytest.approx([16.0218] * 9 + [-16.0218] * 9, rel=1e-4)
+    assert y == pytest.approx([32.0435] * 9 + [-32.0435] * 9, rel=1e-4)
+    assert stress.get_title() == "stress: MAE 9.876 GPa" and "(GPa)" in stress.get_xlabel()
+    for axis in (energy, force, stress):
+        assert axis.get_xlabel().startswith("reference") and axis.get_ylabel().startswith("Facet")
+        x, y = shown(axis)[0]
+        assert x == y == [min(shown(axis)[1][0]), max(shown(axis)[1][0])]
+
+    # bars and portions
+    assert [bar.get_height() for bar in element.patches] == pytest.approx([300, 100])
+    assert [text.get_text() for text in element.get_xticklabels()] == ["Au", "Cu"]
+    assert "meV/Å" in element.get_ylabel() and shown(size) == [([0.5, 2], [0.01, 0.04])]
+    assert "|F| (eV/Å)" in size.get_xlabel() and "|ΔF| (eV/Å)" in size.get_ylabel()
+
+    # physics and the log
+    assert shown(state) == [([10, 11], [-3, -2])] and "(Å³/atom)" in state.get_xlabel()
+    assert shown(drift) == [([0.0, 0.1, 0.2], [0.0, 3.0, 1.0])] and "(ps)" in drift.get_xlabel()
+    assert drift.get_title() == "NVE at 300 K: drift 4.5 meV/atom/ps"
+    assert shown(turned) == [([0, 1], [1e-6, 3e-6])]
+    assert shown(progress) == [([10], [20.5]), ([10, 20], [80.5, 50.5])]
+    names = [text.get_text() for text in progress.get_legend().get_texts()]
+    assert names == ["energy, meV/atom", "force, meV/Å"]
+
+
+def test_spline_panels_show_what_was_learned_over_what_was_not(model, monkeypatch):
+    """A line for each group: grey those before training, then each layer's; a panel a degree."""
+    kept = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: kept.append(self))
+    trained = copy.deepcopy(model)
+    with torch.no_grad():
+        trained.splines.coefficients.normal_(generator=torch.Generator().manual_seed(1))
+    axes = Figure().subplots(1, 3)
+    panels.spline_panels(axes, trained)
+
+    T, B, L = CONFIG.layers, CONFIG.groups, CONFIG.degree
+    fresh = facet.Facet(CONFIG)
+    for degree in range(L + 1):
+        lines = axes[degree].lines
+        assert len(lines) == B + T * B
+        for k, line in enumerate(lines):
+            r = torch.tensor(line.get_xdata())
+            one = fresh if k < B else trained
+            with torch.no_grad():
+                curves = one.splines(r).view(len(r), T, B, L + 1)
+            want = curves[:, 0 if k < B else k // B - 1, k % B, degree]
+            np.testing.assert_allclose(line.get_ydata(), want, atol=1e-5)
+        assert f"l = {degree} " in axes[degree].get_title()
 
 
 # ─── The report ──────────────────────────────────────────────────────────────────────────────────
@@ -337,27 +493,44 @@ def test_report_without_a_test_set_says_so(make_run, crystals, capsys, figure):
 
 
 @pytest.mark.parametrize("wrong, sentence", (
-    ("nothing", "holds no checkpoint.pt of a training"),
+    ("nothing", "/one: holds no checkpoint.pt of a training$"),
+    ("no folder", "/one: holds no checkpoint.pt of a training; there is no such folder$"),
     ("damage", "is not a Facet checkpoint, or it is damaged"),
-    ("no data", "nowhere.extxyz"),
+    ("no data", "data.extxyz: no such file .looked for in /.*elsewhere; a run names"),
+    ("growth", "the training set that .*data.extxyz gives is not the one that this run began with"),
 ))
-def test_bad_folder_ends_with_one_sentence(wrong, sentence, make_run):
-    folder = make_run(train=("nowhere.extxyz",))
+def test_bad_folder_ends_with_one_sentence(wrong, sentence, make_run, crystals, tmp_path,
+                                           monkeypatch):
+    """Also where its data are elsewhere, or have grown: another split would test what was trained.
+    """
+    monkeypatch.chdir(tmp_path)
+    Path("elsewhere").mkdir()
+    images = ase.io.read(crystals, ":40")
+    folder = make_run(train=(written("data.extxyz", images[:30]),))
     if wrong == "nothing":
         (folder / "checkpoint.pt").unlink()
+    if wrong == "no folder":
+        folder.rename("gone")
     if wrong == "damage":
         (folder / "checkpoint.pt").write_bytes(b"?")
+    if wrong == "no data":
+        monkeypatch.chdir("elsewhere")
+    if wrong == "growth":
+        written("data.extxyz", images)
     with pytest.raises(SystemExit) as end:
         report.main([str(folder)])
-    assert sentence in end.value.code and "\n" not in end.value.code
+    assert re.search(f"^error: .*{sentence}", end.value.code) and "\n" not in end.value.code
 
 
-def test_mistakes_in_the_program_keep_their_traceback(make_run, monkeypatch):
+def test_mistakes_in_the_program_keep_their_traceback(make_run, crystals, monkeypatch):
+    folder = make_run(train=(str(crystals),))
+
     def mistaken(*_, **__):
         raise ValueError("a shape is wrong")
     monkeypatch.setattr(report, "load_sets", mistaken)
-    with pytest.raises(ValueError, match="a shape is wrong"):
-        report.main([str(make_run())])
+    with pytest.raises(ValueError, match="^a shape is wrong$") as error:
+        report.main([str(folder)])
+    assert error.type is ValueError
 
 
 def test_command_helps(monkeypatch, capsys):

@@ -236,6 +236,23 @@ def test_line_of_the_log_names_every_column(tmp_path):
     assert len(metrics(tmp_path)) == 1
 
 
+def test_losses_are_told_apart_by_their_names(tmp_path):
+    """In another order they weigh and log the same; one that nobody knows ends the training."""
+    right = train_small.losses
+    file_of(tmp_path, copper(4))
+    run(tmp_path, steps=2)
+    with mock.patch.object(train_small, "losses", lambda *a: dict(reversed(right(*a).items()))):
+        run(tmp_path, "turned", steps=2)
+    turned, straight = (metrics(tmp_path / out / "a")[-1] for out in ("turned", "runs"))
+    for name in ("loss", "loss_energy", "loss_forces", "loss_stress"):
+        same(name, float(turned[name]), float(straight[name]), "float32")
+    with mock.patch.object(train_small, "losses", lambda *a: {
+            "charges": torch.tensor(5.0), **right(*a)}):
+        with pytest.raises(KeyError, match="charges"):
+            run(tmp_path, "fourth", steps=2)
+    assert metrics(tmp_path / "fourth" / "a") == []
+
+
 def test_label_that_the_model_does_not_predict_is_refused(tmp_path):
     """A label too many in the table, or an output too few."""
     file_of(tmp_path, copper())
@@ -344,7 +361,7 @@ def test_learning_rates_and_weights_of_the_losses_follow_their_schedules(tmp_pat
     twentieth. In the log, and at each of 60 steps as the optimisers and the gradient see them."""
     file_of(tmp_path, copper(4))
     rates = {torch.optim.AdamW: [], torch.optim.Muon: []}
-    weights, losses = [], train_small.losses
+    weights, losses = {name: [] for name in ALL}, train_small.losses
 
     def watch(kind):
         step = kind.step
@@ -356,7 +373,8 @@ def test_learning_rates_and_weights_of_the_losses_follow_their_schedules(tmp_pat
 
     def watched(*arguments):
         parts = losses(*arguments)
-        parts.register_hook(lambda gradient: weights.append(gradient.tolist()))
+        for name, part in parts.items():
+            part.register_hook(lambda gradient, name=name: weights[name].append(float(gradient)))
         return parts
     with watch(torch.optim.AdamW), watch(torch.optim.Muon):
         with mock.patch.object(train_small, "losses", watched):
@@ -370,9 +388,10 @@ def test_learning_rates_and_weights_of_the_losses_follow_their_schedules(tmp_pat
         wanted.append((rate, of_energy))
         same(f"AdamW {step}", rates[torch.optim.AdamW][step - 1] / 2e-3, rate, "formula")
         same(f"Muon {step}", rates[torch.optim.Muon][step - 1] / 7e-3, rate, "formula")
-        same(f"weights {step}", weights[step - 1], [of_energy, 1, 0.3], "float32 formula")
-    assert {len(weights), *map(len, rates.values())} == {60}
-    same("energy at first", weights[0][0], 3.0 / 20, "float32 formula")
+        found = [weights[name][step - 1] for name in ("energy", "forces", "stress")]
+        same(f"weights {step}", found, [of_energy, 1, 0.3], "float32 formula")
+    assert {*map(len, weights.values()), *map(len, rates.values())} == {60}
+    same("energy at first", weights["energy"][0], 3.0 / 20, "float32 formula")
     same("warm-up is over", rates[torch.optim.Muon][49] / 7e-3,
          (1 + np.cos(np.pi * 49 / 60)) / 2, "formula")
 
@@ -479,12 +498,12 @@ def test_step_waits_once_for_the_device(tmp_path):
     for one in (model, small):
         assert waits_of_a_step(one, frames, tmp_path) == ["tolist"]
     losses = train_small.losses
-    for read in (lambda parts: parts[0].item(), lambda parts: bool(parts[1] > 0),
-                 lambda parts: parts[parts > 0], lambda parts: parts.nonzero(),
-                 lambda parts: parts.register_hook(lambda of: of.sum().item() and None)):
+    for read in (lambda part: part.item(), lambda part: bool(part > 0),
+                 lambda part: part[part > 0], lambda part: part.nonzero(),
+                 lambda part: part.register_hook(lambda of: of.sum().item() and None)):
         def reads(*arguments, read=read):
             parts = losses(*arguments)
-            read(parts)
+            read(parts["forces"])
             return parts
         with mock.patch.object(train_small, "losses", reads):
             assert len(waits_of_a_step(small, frames, tmp_path)) > 1, "a wait is not counted"
@@ -508,6 +527,63 @@ def test_average_of_the_weights_equals_that_by_hand(tmp_path):
         average = average + (1 - min(0.3, step / (step + 9))) * (weights - average)
         same(f"average after step {step}", averaged, average, "float32 formula")
     differ("average", average, saved[0][1])
+
+
+def test_gradient_is_clipped_to_one_and_logged_as_it_was(tmp_path):
+    """Losses a thousand times as large have gradients far above; their direction stays."""
+    frames = frames_of(tmp_path, copper(4))
+    model = seeded(train_small.statistics(frames, short())[0])
+    losses, step, lengths = train_small.losses, torch.optim.AdamW.step, []
+
+    def watched(*arguments):
+        gradients = [weights.grad.flatten() for weights in model.parameters()]
+        lengths.append(float(torch.cat(gradients).norm()))
+        return step(*arguments)
+    with mock.patch.object(torch.optim.AdamW, "step", watched), \
+            mock.patch.object(train_small, "losses", lambda *a: {
+                name: 1000 * part for name, part in losses(*a).items()}):
+        train_small.train(model, frames, frames[:0], short(steps=3), tmp_path)
+    for length, row in zip(lengths, metrics(tmp_path), strict=True):
+        same("length", length, 1.0, "float32 formula")
+        assert float(row["gradient"]) > 10
+
+
+def test_each_parameter_is_in_exactly_one_optimiser(tmp_path):
+    """Muon has the matrices that mix paths, AdamW all else."""
+    model = seeded(replace(train_small.statistics(frames_of(tmp_path, copper(4)), short())[0],
+                           layers=3, degree=2))
+    names = {id(weights): name for name, weights in model.named_parameters()}
+    found = {}
+    for optimiser in train_small.optimizers(model, short(), 100):
+        weights, = (group["params"] for group in optimiser.param_groups)
+        found[type(optimiser)] = [names[id(one)] for one in weights]
+    assert sorted(sum(found.values(), [])) == sorted(names.values())
+    muon = found[torch.optim.Muon]
+    assert muon == [name for name in names.values() if ".mix.W" in name] and len(muon) >= 3
+
+
+@pytest.mark.parametrize("steps", (60, 120))
+def test_decay_of_muon_over_a_whole_run_is_its_setting(steps, tmp_path):
+    """Where no loss has a gradient, the matrices shrink by exp(−3) but for the warm-up. By hand:
+    the mean rate of a cosine is a half, so a step at the rate r forgets 3 r over steps/2 rates."""
+    frames = frames_of(tmp_path, copper(4))
+    model = seeded(train_small.statistics(frames, short())[0])
+    before = copy.deepcopy(dict(model.named_parameters()))
+    losses = train_small.losses
+    with mock.patch.object(train_small, "losses", lambda *a: {
+            name: 0 * part for name, part in losses(*a).items()}):
+        s = short(steps=steps, muon_lr=0.2, muon_decay=3.0)
+        train_small.train(model, frames, frames[:0], s, tmp_path)
+
+    step = np.arange(steps)
+    cosine = (1 + np.cos(np.pi * step / steps)) / 2
+    rate = np.minimum(1, (step + 1) / 50) * cosine
+    for name, weights in model.named_parameters():
+        if ".mix.W" in name:
+            kept = weights.norm() / before[name].norm()
+            same(name, kept, np.prod(1 - 3 * rate / (steps / 2)), "float32 formula")
+    whole = np.sum(3 * cosine / (steps / 2))
+    assert whole == pytest.approx(3, rel=0.02), "the formula is not what the setting says"
 
 
 def test_every_setting_of_the_optimisation_changes_the_weights(tmp_path):
@@ -549,6 +625,48 @@ def test_batches_neither_lose_nor_double_a_frame_and_are_bounded():
         assert ({tuple(b) for b in first if len(b) > 2} == seen[0]) == (seed == 0)
     large = batches.plan(np.array([1000, 1]), np.array([50, 50]), 10.0, rng)
     assert len(large) == 2, "a frame larger than a batch is a batch"
+
+
+def test_batches_of_an_epoch_come_in_random_order():
+    """Crowded ones are followed by less crowded ones as often as by more crowded ones. The
+    control: in the order in which they are made, sorted within portions, they seldom are."""
+    rng = np.random.default_rng(0)
+    atoms = rng.integers(1, 101, 500)
+    crowd = rng.uniform(10, 90, 500)
+    for order, least, most in (("random", 0.45, 0.55), ("made", 0.0, 0.4)):
+        falls = []
+        for seed in range(10):
+            rng = np.random.default_rng(seed)
+            if order == "made":
+                rng = mock.Mock(permutation=lambda what, rng=rng: (
+                    rng.permutation(what) if what == 500 else np.arange(what)))
+            plan = batches.plan(atoms, crowd, 5000.0, rng)
+            assert len(plan) > 100
+            falls.extend(np.diff([crowd[batch].mean() for batch in plan]) < 0)
+        assert least < np.mean(falls) < most
+
+
+def test_real_batches_are_near_the_budget_beside_one_dense_frame(tmp_path):
+    """Of 48 atoms at the mean number of neighbours, by ASE; one frame has three times as many."""
+    crystals = copper(60)
+    crystals[7].set_cell(crystals[7].cell.array * 0.7, scale_atoms=True)
+    for atoms in crystals:
+        atoms.calc = SinglePointCalculator(atoms, energy=0.0, forces=np.zeros((len(atoms), 3)))
+    frames = frames_of(tmp_path, crystals)
+    s = short(cutoff=5.0, batch_atoms=48)
+    config, _ = train_small.statistics(frames, s)
+    stream, in_epoch = train_small.endless_batches(train_small.Samples(frames, config), s)
+    epoch = list(islice(stream, in_epoch))
+    assert sorted(np.concatenate(epoch)) == list(range(60))
+
+    size = np.array([len(atoms) for atoms in crystals])
+    crowd = np.array([np.bincount(neighbor_list("i", atoms, 5.0)).max() for atoms in crystals])
+    assert crowd[7] > 2.5 * np.delete(crowd, 7).max()
+    budget = 48 * crowd.mean()
+    cost = [size[batch].sum() * crowd[batch].max() for batch in epoch]
+    assert max(cost) <= 1.25 * budget and np.median(cost) > 0.7 * budget
+    used = [(size[batch] * crowd[batch]).sum() for batch in epoch]
+    assert sum(used) > 0.85 * sum(cost), "the dense frame makes the others' padding"
 
 
 def test_batch_holds_ten_structures_of_mean_size_at_most_256_atoms(tmp_path):
@@ -618,8 +736,9 @@ def test_losses_equal_those_by_hand():
     energy = (0.005 ** 2 / 0.02 + 1 - 0.005) / 2
     forces = (0.05 ** 2 / 0.2 + 2 - 0.05) / 9
     want = [energy, forces, (0.05 ** 2 / 0.2) / 9]
-    same("losses", train_small.losses(out, target, count, 2.0, 0.1), want, "float32")
-    assert not train_small.losses(zero, target, count, 2.0, 0.1).any()
+    found = train_small.losses(out, target, count, 2.0, 0.1)
+    same("losses", [found[name] for name in ("energy", "forces", "stress")], want, "float32")
+    assert not any(train_small.losses(zero, target, count, 2.0, 0.1).values())
     differ("losses", want, [0, 0, 0])
 
 
@@ -632,7 +751,8 @@ def test_processes_neither_lose_nor_double_a_frame(tmp_path):
         _, batch, target = train_small.Samples(frames, config, team)[rows]
         out = model(batch, differentiable=True)
         count = target["count"] if count is None else count
-        return target, train_small.losses(out, target, count, config.energy_scale, 0.1)
+        parts = train_small.losses(out, target, count, config.energy_scale, 0.1)
+        return target, torch.stack(list(parts.values()))
     whole, want = part(rows, train_small.ALONE)
     found = [part(rows, train_small.Team(rank, 3), whole["count"]) for rank in range(3)]
     energies = torch.cat([target["energy"] for target, _ in found])
@@ -711,6 +831,27 @@ def test_given_energy_goes_before_that_of_a_free_atom(tmp_path):
     frames = frames_of(tmp_path, [*alloys(60), crowded])
     found = statistics.reference_energies(frames, np.array([8, 29]), {}, 5.0)
     assert found[1] != 7.0 and found[1] < -2.5, "a crystal of one atom is no free atom"
+
+
+def test_statistics_see_every_one_of_many_frames(tmp_path):
+    """Of three hundred, the closest pair of gold is in the middle and that of copper in the last
+    one; the largest forces are in the last one, too."""
+    crystals = []
+    for i in range(300):
+        atoms = Atoms("Cu2Au2", cell=[9 + 0.01 * i, 9, 12], pbc=True)  # no two are equal
+        atoms.positions[:, 2] = np.cumsum([0, 2.4 - 0.3 * (i == 299), 3.0, 2.6 - 0.2 * (i == 149)])
+        forces = np.full((4, 3), 1.0 + (i == 299))
+        atoms.calc = SinglePointCalculator(atoms, energy=0.0, forces=forces)
+        crystals.append(atoms)
+    frames = frames_of(tmp_path, crystals)
+    config, shortest = train_small.statistics(frames, short(cutoff=4.4))
+    assert len(frames) == 300
+    assert config.species == ("Cu", "Au")
+    for pair, want in (((0, 0), 2.1), ((1, 1), 2.4), ((0, 1), 3.0)):
+        same(f"shortest distance of {pair}", shortest[pair], want, "float32")
+    same("first knot", config.first_knot, 0.7 * 2.1, "float32")
+    assert 2 * config.core[0] <= 2.1 and 2 * config.core[1] <= 2.4
+    same("force RMS", config.energy_scale, np.sqrt((299 + 4) / 300), "float32")
 
 
 def test_absurd_frame_does_not_move_the_statistics(tmp_path):
@@ -1397,13 +1538,17 @@ def test_loss_that_is_nan_names_the_frame(tmp_path):
 
     def losses(out, target, *arguments):
         factor = float("nan") if (target["energy"] == bad).any() else 1
-        return right(out, target, *arguments) * factor
+        parts = right(out, target, *arguments)
+        return {**parts, "forces": parts["forces"] * factor}
     message = "the loss became nan or infinite at step .*because of .*data.extxyz, frame 3; look"
     with mock.patch.object(train_small, "losses", losses):
         with pytest.raises(train_small.BadInput, match=message) as error:
             run(tmp_path, valid=("0",), test=("0",))
     assert "frame 2" not in str(error.value) and "frame 4" not in str(error.value)
-    with mock.patch.object(train_small, "losses", lambda *a: right(*a) * float("inf")):
+
+    def infinite(*arguments):
+        return {name: part * np.inf for name, part in right(*arguments).items()}
+    with mock.patch.object(train_small, "losses", infinite):
         with pytest.raises(train_small.BadInput, match="nan or infinite at step 0"):
             run(tmp_path, "other")
 
@@ -1526,7 +1671,7 @@ def test_resume_refuses_what_it_cannot_use(tmp_path):
         assert "\n" not in str(error.value)
     refused("there is no such folder")
     (tmp_path / "a").mkdir()
-    refused("holds no checkpoint.pt to go on from$")
+    refused(f"^{tmp_path}/a: holds no checkpoint.pt of a training$")
     (tmp_path / "a" / "checkpoint.pt").write_bytes(b"rubbish")
     refused("is not a Facet checkpoint, or it is damaged")
     facet.save(build(), tmp_path / "a" / "checkpoint.pt", settings={"speed": 3})
@@ -1534,6 +1679,23 @@ def test_resume_refuses_what_it_cannot_use(tmp_path):
     content = torch.load(tmp_path / "a" / "checkpoint.pt", weights_only=True)
     torch.save({**content, "facet": facet.FORMAT + 1}, tmp_path / "a" / "checkpoint.pt")
     refused("is of format 3, and this version of facet.py")
+
+
+def test_resume_from_another_folder_says_where_it_looked(done, tmp_path, monkeypatch):
+    """Files are named as the run was told; in their own folder they are found."""
+    s = checkpoint(done)["settings"]
+    shutil.copytree(done, tmp_path / "runs" / "a")
+    there = replace(short(), **{**s, "train": ("data.extxyz",)})
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    where = f"^data.extxyz: no such file .looked for in {tmp_path}/elsewhere; a run names "
+    with pytest.raises(train_small.BadInput, match=where):
+        train_small.main(there, resume=tmp_path / "runs" / "a")
+    with pytest.raises(train_small.BadInput, match=f"^{tmp_path}/elsewhere/runs/a: holds no"):
+        train_small.parse(["--resume", "runs/a"])
+    file_of(tmp_path, copper(5))
+    monkeypatch.chdir(tmp_path)
+    train_small.main(there, resume=tmp_path / "runs" / "a")
 
 
 def program(*words: str) -> None:

@@ -20,7 +20,6 @@ from math import isqrt
 from timeit import repeat
 from typing import NamedTuple
 
-import ase.io
 import numpy as np
 import torch
 from ase import Atoms
@@ -28,6 +27,8 @@ from ase.calculators.calculator import PropertyNotImplementedError
 
 import facet
 import reference_numpy
+from tools.files import read_atoms
+from tools.options import check_device
 from tools.properties import (
     ALL,
     NotApplicable,
@@ -565,7 +566,7 @@ def check_calculator(words: list[str], dtype: str, device: str, file: str,
             known = species or ("Cu", "Al")
 
         try:
-            atoms = ase.io.read(file) if file else random_crystal(known)
+            atoms = next(read_atoms(file)) if file else random_crystal(known)
             value(calculator, atoms, "energy")
         except Exception as error:
             where = file or f"a crystal of {' '.join(known)} (try --species or --atoms)"
@@ -595,18 +596,14 @@ def main(program: str = "python -m tools.check") -> int:
     parser.add_argument("--calculator", nargs="+", metavar="SPEC", help="a .pt file, or "
                         "module:callable and key=value for its keyword arguments")
     parser.add_argument("--atoms", default="", metavar="FILE",
-                        help="file with the crystal, which ASE reads; default: a built-in one")
+                        help="file with the crystal; default: a built-in one")
     parser.add_argument("--species", nargs="+", default=[], help="elements of the built-in crystal")
     parser.add_argument("--dtype", default="", choices=["float32", "float64"],
                         help="precision to judge by; default: both for a .pt file, else float32")
     parser.add_argument("--device", default="", help="where a Facet runs; default: cpu, a trained "
                         "model on cuda if there is one")
     arguments = parser.parse_args()
-    try:
-        torch.empty(0, device=arguments.device or "cpu")
-    except (RuntimeError, AssertionError):
-        parser.error(f"--device {arguments.device}: PyTorch has no such device here; "
-                     "try --device cpu")
+    check_device(parser, arguments.device or "cpu")
 
     if arguments.calculator:
         if arguments.device and not arguments.calculator[0].endswith(".pt"):

@@ -5,7 +5,7 @@
 
     from tools import frames
     train = frames.read(["runs/emt.extxyz"])            # files, globs, databases of tools.database
-    rest, held = frames.split(train, seed=0)            # whole materials on one side or the other
+    rest, held = frames.split(train, seed=0)            # a tenth of the frames is held
 
 Every frame is an ase.Atoms with its labels in atoms.calc.results: "energy" (eV), "forces" (eV/Å)
 and, if there is one, "stress" (six numbers in ASE's order and sign, eV/Å³). atoms.info says where
@@ -66,6 +66,7 @@ from tools.sets import (
     made_here,
     neighbouring,
     sample,
+    shortcomings,
     split,
     together,
     twins,
@@ -74,6 +75,7 @@ from tools.sets import in_memory as in_memory  # for those who have Atoms alread
 
 NONE = ("0",)  # of --valid and --test: no such set
 PATIENCE = 2.0  # seconds until checks that take long say so
+USES = {"valid": "to validate", "test": "to test"}
 
 
 def print_to_stderr(text: str) -> None:
@@ -323,8 +325,7 @@ def load_sets(settings, folder: str | Path,
     settings: train, valid, test (tuples of files; none of train: the embedded set, made in
     `folder`; ("0",) of the others: no such set), seed, a name for each label, such as energy, a
     weight for some, such as stress_weight (0: stresses are not read), strict (warnings are
-    errors). Without a test set a tenth of the materials is set aside, then without a validation
-    set a tenth of what is left.
+    errors). A test or validation set that is not given is a tenth of the frames, by `split`.
 
     Equal frames count once; those that are in a test or validation file, too, are not trained on.
     say: told so, a line each, and what looks wrong; None: that is not looked for.
@@ -359,9 +360,6 @@ def load_sets(settings, folder: str | Path,
     # what looks wrong in them
     if say is not None:
         look_at(given, tell)
-        if doubts and getattr(settings, "strict", False):
-            raise BadInput(f"{len(doubts)} warnings, which --strict turns into errors; the first: "
-                           f"{doubts[0]}")
 
     # nothing twice
     train = without_copies(train, tell)
@@ -369,11 +367,18 @@ def load_sets(settings, folder: str | Path,
         if what in given:
             train = without_those_of(given[what], what, train, tell)
 
-    # what is not given is set aside
-    if "test" not in given:
-        train, given["test"] = split(train, settings.seed)
-    if "valid" not in given:
-        train, given["valid"] = split(train, settings.seed)
+    # what is not given is held back
+    uses = {what: use for what, use in USES.items() if what not in given}
+    if uses:
+        train, *held = split(train, settings.seed, list(uses.values()), tell)
+        given.update(zip(uses, held, strict=True))
+        if say is not None:
+            parts = zip(["to train", *uses.values()], [train, *held], strict=True)
+            for text in shortcomings(dict(parts)):
+                tell(WARNING + text)
+    if say is not None and doubts and getattr(settings, "strict", False):
+        raise BadInput(f"{len(doubts)} warnings, which --strict turns into errors; the first: "
+                       f"{doubts[0]}")
     return train, given["valid"], given["test"]
 
 

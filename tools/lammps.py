@@ -162,7 +162,7 @@ class Forces:
         try:
             energy, forces[:], virial = self.results()
         except Exception as error:
-            if isinstance(error, BadInput):
+            if isinstance(error, (BadInput, MemoryError)):
                 print_to_stderr(f"error: step {step}: {error}")
             else:
                 traceback.print_exc()
@@ -391,7 +391,7 @@ def main(arguments: list[str] | None = None) -> None:
             run(lmp, text.splitlines(), model)
         except BadInput as error:
             raise BadInput(f"{args.input}: {error}") from error
-    except BadInput as error:
+    except (BadInput, MemoryError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -29,7 +29,8 @@ from tools.evaluate import (
     predict,
     print_table,
 )
-from tools.frames import BadInput, load_model, load_sets, neighbours, sample
+from tools.frames import BadInput, Frames, load_model, load_sets, neighbours, sample
+from tools.run import check_data, check_files, checkpoint
 
 SAMPLE = 5000  # test structures, evenly spread, that stand for all in a large test set
 
@@ -156,29 +157,31 @@ def print_physics(found: dict) -> None:
         )
 
 
-def read_run(folder: Path) -> tuple[facet.Facet, SimpleNamespace]:
-    """The trained model and the settings of its training. Raises BadInput."""
-    path = folder / "checkpoint.pt"
-    if not path.is_file():
-        raise BadInput(f"{folder}: holds no checkpoint.pt of a training")
-    try:
-        settings = SimpleNamespace(**facet.read_checkpoint(path)["settings"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{path}: no checkpoint of a training: {error}") from error
+def read_run(folder: Path) -> tuple[facet.Facet, SimpleNamespace, tuple[Frames, ...]]:
+    """The trained model, the settings of its training, and its training, validation and test set.
+
+    Raises BadInput, also where the training set is not what it was.
+    """
+    content = checkpoint(folder, SimpleNamespace)
+    settings = SimpleNamespace(**content["settings"])
     device = "cpu"
     if settings.device != "cpu" and torch.cuda.is_available():
         device = settings.device or "cuda"
-    return load_model(folder / "model.pt", device), settings
+    model = load_model(folder / "model.pt", device)
+
+    check_files(settings)
+    sets = load_sets(settings, folder.parent, say=None)
+    check_data(sets[0], content)
+    return model, settings, sets
 
 
 def report(folder: str | Path) -> dict:
     """Print the test table with its baselines and some physics, draw report.png; the numbers.
 
-    Raises BadInput where the folder or the data it was trained on cannot be read.
+    Raises BadInput where the folder or the data it was trained on cannot be read, or have changed.
     """
     folder = Path(folder)
-    model, settings = read_run(folder)
-    train, valid, everything = load_sets(settings, folder.parent, say=None)
+    model, settings, (train, valid, everything) = read_run(folder)
 
     # errors on the test set
     test = list(sample(everything, SAMPLE))

@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 import facet
 from tools import evaluate
-from tools.frames import BadInput, Frames, load_sets, print_to_stderr
+from tools.frames import NONE, BadInput, Frames, expand, load_sets, print_to_stderr
 from tools.labels import LABELS, TABLE
 
 if TYPE_CHECKING:
@@ -60,15 +60,17 @@ class Team(NamedTuple):
             dist.all_reduce(values)
         return values
 
-    def agree(self, parts: torch.Tensor, gradient: torch.Tensor, seconds: float, stop: int) -> list:
+    def agree(self, parts: torch.Tensor, gradient: torch.Tensor, seconds: float,
+              stop: int) -> tuple[dict[str, float], float, float, float]:
         """What all go by: losses, length of the gradient, the first one's clock, whether to stop.
 
         This is the one place where a step waits for the GPU.
         """
         clock = seconds if self.rank == 0 else 0.0
         mine = filled([clock, stop], parts.device)
-        news = torch.cat([parts.detach(), gradient.detach()[None] / self.size, mine])  # [6]
-        return self.sum(news).tolist()
+        news = torch.cat([parts, gradient.detach()[None] / self.size, mine])  # [6]
+        *found, gradient, seconds, stop = self.sum(news).tolist()
+        return dict(zip(LABELS, found, strict=True)), gradient, seconds, stop
 
 
 ALONE = Team()
@@ -117,14 +119,42 @@ def new_folder(out: Path, name: str) -> Path:
 
 def read_sets(s: Settings, out: Path, team: Team, resumed: dict | None) -> dict[str, Frames]:
     """Training, validation and test set, by name. The first process goes ahead, so that whatever
-    must be made is made once; it alone speaks, and only when a run begins."""
+    must be made is made once; it alone speaks, and only when a run begins.
+
+    Raises BadInput for a resumed run whose training set is another now.
+    """
+    if resumed:
+        check_files(s)
     for turn in (team.rank == 0, team.rank != 0):
         if turn:
             speak = team.rank == 0 and not resumed
             found = load_sets(s, out, print_to_stderr if speak else None)
         if team.size > 1:
             dist.barrier()
-    return dict(zip(("train", "valid", "test"), found, strict=True))
+    sets = dict(zip(("train", "valid", "test"), found, strict=True))
+    if resumed:
+        check_data(sets["train"], resumed)
+    return sets
+
+
+def check_files(settings) -> None:
+    """Raise BadInput, which says where it was looked, if a file of a run is not there."""
+    for patterns in (settings.train, settings.valid, settings.test):
+        try:
+            expand(() if patterns == NONE else patterns)
+        except BadInput as error:
+            raise BadInput(f"{error} (looked for in {Path.cwd()}; a run names its files as seen "
+                           "from where it was begun)") from None
+
+
+def check_data(train: Frames, content: dict) -> None:
+    """Raise BadInput if this is not the training set of the checkpoint with this content."""
+    if content["data"] != train.fingerprint():
+        first, *more = train.files()
+        gives = f" and {len(more)} more files give" if more else " gives"
+        raise BadInput(f"the training set that {first}{gives} is not the one that this run began "
+                       "with: the file has changed, or this version splits it in another way; give "
+                       "what it began with, or begin a new run")
 
 
 def introduce(sets: dict[str, Frames], model: facet.Facet, batch_atoms: int, folder: Path,
@@ -384,7 +414,7 @@ def checkpoint(folder: Path, settings_class: type) -> dict:
     path = folder / "checkpoint.pt"
     if not path.exists():
         there = "" if folder.exists() else "; there is no such folder"
-        raise BadInput(f"{folder}: holds no checkpoint.pt to go on from{there}")
+        raise BadInput(f"{folder.absolute()}: holds no checkpoint.pt of a training{there}")
     try:
         content = facet.read_checkpoint(path)
     except ValueError as error:
@@ -395,8 +425,9 @@ def checkpoint(folder: Path, settings_class: type) -> dict:
             settings[name] = tuple(settings[name])
         settings_class(**settings)
         facet.Config(**content["config"])
+        content["data"]  # a fingerprint
         return content
-    except Exception as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{path}: was written by another version of train_small.py "
                        f"({type(error).__name__})") from error
 

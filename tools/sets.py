@@ -5,10 +5,11 @@ tools.frames.read makes them from files.
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 import threading
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import ase.db
@@ -23,6 +24,12 @@ EQUAL = 2e-6
 
 # labels that ASE's databases have a column for; others are in the column data
 COLUMNS = ("energy", "forces", "stress", "dipole", "magmom", "magmoms", "charges")
+
+# of fewer frames than this, one is held back; of fewer materials, none as a whole
+FEW = 20
+
+# a material without a name in its file is a run of frames, which the reader numbers
+RUN = re.compile(r": \w+, run \d+$")
 
 
 # ─── Sets of frames ───────────────────────────────────────────────────────────────────────────────
@@ -71,6 +78,15 @@ class InMemory:
     def materials(self) -> Iterator[str]:
         for atoms in self.images:
             yield atoms.info["material"]
+
+    def named(self) -> Iterator[bool]:
+        for atoms in self.images:
+            material = atoms.info["material"]
+            yield material != atoms.info["source"] and not RUN.search(material)
+
+    def groups(self) -> Iterator[str]:
+        for atoms in self.images:
+            yield atoms.info.get("group", "")
 
     def checksums(self) -> np.ndarray:
         sums = np.zeros(len(self), np.uint32)
@@ -188,6 +204,15 @@ class OnDisk:
         for value, in self.select(command):
             yield value
 
+    def named(self) -> Iterator[bool]:
+        for material in self.materials():
+            yield not RUN.search(material)
+
+    def groups(self) -> Iterator[str]:
+        named = dict(self.select("SELECT id, value FROM text_key_values WHERE key = 'group'"))
+        for number in self.ids.tolist():
+            yield named.get(number, "")
+
     def checksums(self) -> np.ndarray:
         if self.sums is not None:
             return self.sums
@@ -269,16 +294,30 @@ class Frames(Sequence):
         """Volume of every cell, Å³, [F]; 0 where it does not span space."""
         return self.gather([np.zeros(0)] + [part.volumes() for part in self.parts])
 
-    def materials(self) -> np.ndarray:
-        """A number for the material of every frame, [F]: in order of appearance in the files."""
+    def numbered(self, names: Callable[..., Iterable[str]]) -> tuple[np.ndarray, list[str]]:
+        """A number for the name of every frame, [F], and the names: in order of appearance.
+
+        names: of the frames of a part.
+        """
         columns = [np.zeros(0, int)]
         known = {}
         for part in self.parts:
-            numbers = np.zeros(len(part), int)
-            for row, name in enumerate(part.materials()):
-                numbers[row] = known.setdefault(name, len(known))
-            columns.append(numbers)
-        return self.gather(columns)
+            numbers = (known.setdefault(name, len(known)) for name in names(part))
+            columns.append(np.fromiter(numbers, int, len(part)))
+        return self.gather(columns), list(known)
+
+    def materials(self) -> np.ndarray:
+        """A number for the material of every frame, [F]."""
+        return self.numbered(lambda part: part.materials())[0]
+
+    def named(self) -> np.ndarray:
+        """Whether a file names the material of every frame, [F] of bool."""
+        columns = [np.fromiter(part.named(), bool, len(part)) for part in self.parts]
+        return self.gather([np.zeros(0, bool)] + columns)
+
+    def groups(self) -> tuple[np.ndarray, list[str]]:
+        """A number for the group of every frame, [F], and the groups' names."""
+        return self.numbered(lambda part: part.groups())
 
     def elements(self) -> np.ndarray:
         """Atomic numbers that occur in these frames, ascending."""
@@ -301,7 +340,7 @@ def in_memory(images: Iterable[Atoms]) -> Frames:
     return Frames([InMemory(images)])
 
 
-# ─── Splits and equal frames ──────────────────────────────────────────────────────────────────────
+# ─── What is held back ────────────────────────────────────────────────────────────────────────────
 
 
 def free_atoms(frames: Frames) -> np.ndarray:
@@ -312,51 +351,201 @@ def free_atoms(frames: Frames) -> np.ndarray:
     return free
 
 
-def blocks(frames: Frames) -> np.ndarray:
-    """For every frame the row that begins its block, [F]: what a split leaves together.
+def tenth(count: int) -> float:
+    """Of so many frames; one frame of few."""
+    return count / 10 if count >= FEW else 1.0
 
-    A material whose frames are a trajectory, consecutive ones nearer to each other than others, is
-    cut into twenty blocks; any other frame is a block of its own.
-    """
-    begins = np.arange(len(frames))
-    material = frames.materials()
+
+def reduced_formulas(frames: Frames) -> np.ndarray:
+    """A number for the reduced formula of every frame, [F]: Si2 and Si64 have the same."""
     counts = frames.compositions(frames.elements())  # [F, Z]
-    for number in np.unique(material):
-        rows = np.flatnonzero(material == number)
+    reduced = counts // np.gcd.reduce(counts, axis=1)[:, None]  # [F, Z]
+    return np.unique(reduced, axis=0, return_inverse=True)[1].ravel()
+
+
+def is_trajectory(frames: Frames) -> bool:
+    """Whether consecutive frames of these, which have the same atoms, are nearer than others.
+
+    At thirty places the next frame is compared with one at random.
+    """
+    places = np.unique(np.linspace(0, len(frames) - 2, 30).astype(int))
+    others = np.random.default_rng(0).permutation(places)
+    near = []
+    far = []
+    for k, other in zip(places, others, strict=True):
+        here = frames[k]
+        near.append(suspicions.apart(here, frames[k + 1]))
+        far.append(suspicions.apart(here, frames[other]))
+    return bool(np.median(near) < 0.5 * np.median(far))
+
+
+def blocks(frames: Frames, least: float) -> np.ndarray:
+    """A number for the block of every frame, [F]: consecutive frames of a trajectory.
+
+    A trajectory, which is of one file, material and group, is cut into at most twenty blocks, of
+    `least` frames or more. Any other frame is a block of its own.
+    """
+    counts = frames.compositions(frames.elements())  # [F, Z]
+    group, _ = frames.groups()
+    kinds = np.stack([frames.rows[:, 0], frames.materials(), group], 1)  # [F, 3]
+    kind = np.unique(kinds, axis=0, return_inverse=True)[1].ravel()
+
+    begins = np.arange(len(frames))  # the first frame of the block of each
+    order = np.argsort(kind, kind="stable")
+    for rows in np.split(order, np.flatnonzero(np.diff(kind[order])) + 1):
         if len(rows) < 4 or (counts[rows] != counts[rows[0]]).any():
             continue
-
-        # a hundred places along the material: the next frame there, and one far away
-        near = []
-        far = []
-        half = len(rows) // 2
-        for k in np.unique(np.linspace(0, half - 1, 100).astype(int)):
-            here = frames[rows[k]]
-            near.append(suspicions.apart(here, frames[rows[k + 1]]))
-            far.append(suspicions.apart(here, frames[rows[k + half]]))
-        if np.median(near) < 0.5 * np.median(far):
-            length = -(-len(rows) // 20)
-            begins[rows] = rows[np.arange(len(rows)) // length * length]
-    return begins
+        if is_trajectory(frames.take(rows)):
+            pieces = min(20, int(len(rows) / least))
+            for block in np.array_split(rows, max(1, pieces)):
+                begins[block] = block[0]
+    return np.unique(begins, return_inverse=True)[1]
 
 
-def split(frames: Frames, seed: int, share: float = 0.1) -> tuple[Frames, Frames]:
-    """Two parts: the rest, and a share of the materials, or of blocks if materials are few.
+def units(frames: Frames) -> tuple[np.ndarray, np.ndarray, str]:
+    """What every frame is held back with and a group it belongs to, numbers [F]; and how, in words.
 
-    Free atoms stay in the rest: nothing else tells their energies. Raises BadInput for one frame.
+    Whole materials, if there are twenty and none has more than a tenth of the frames: those that
+    the files name, or else reduced formulas. Else blocks of trajectories and single frames, whose
+    groups are those of the files.
     """
-    fixed = free_atoms(frames)
-    key = frames.materials()
-    if len(np.unique(key[~fixed])) < 10:
-        key = blocks(frames)
+    material = frames.materials()
+    bare = np.flatnonzero(~frames.named())
+    if len(bare):
+        material[bare] = -1 - reduced_formulas(frames.take(bare))
+    _, material, sizes = np.unique(material, return_inverse=True, return_counts=True)
+    if len(sizes) >= FEW and sizes.max() <= len(frames) / 10:
+        what = "material or reduced formula" if len(bare) < len(frames) else "reduced formula"
+        what = what if len(bare) else "material"
+        return material, np.zeros(len(frames), int), f"by {what} ({len(sizes)})"
 
-    names = np.random.default_rng(seed).permutation(np.unique(key[~fixed]))
-    held = np.isin(key, names[:max(1, int(share * len(names)))]) & ~fixed
-    if held[~fixed].all() or not held.any():
+    wanted = round(tenth(len(frames)))
+    block = blocks(frames, wanted if wanted < 10 else 5)
+    sizes = np.bincount(block)
+    what = []
+    if (sizes > 1).any():
+        what.append(f"in blocks of consecutive frames ({(sizes > 1).sum()})")
+    if (sizes == 1).any():
+        what.append(f"by single frames ({(sizes == 1).sum()})")
+    return block, frames.groups()[0], " and ".join(what)
+
+
+def deal(unit: np.ndarray, group: np.ndarray, parts: int, rng: np.random.Generator) -> np.ndarray:
+    """The part of every frame, [F]: 1 … parts, or 0, which keeps most.
+
+    unit, group [F]: numbers. Each part but 0 gets a tenth of the frames, in whole units: of every
+    group with enough units at least one, and the same share if that can be.
+    """
+    size = np.bincount(unit)  # [U] frames
+    first = np.unique(unit, return_index=True)[1]  # [U]
+    goal = tenth(len(unit))
+    found = np.zeros(len(size), int)  # [U]
+    missed = (np.inf, np.inf)
+
+    # large units may not add up to a tenth in every order, and one should not be half of a part
+    for _ in range(20):
+        # groups in random order, units in random order within each, dealt to the parts by turns
+        of = rng.permutation(group.max() + 1)[group[first]]  # [U] group
+        order = np.lexsort((rng.random(len(size)), of))
+        of = of[order]
+        begin = np.searchsorted(of, of)  # place in the order of the group's first
+        end = np.searchsorted(of, of, side="right")
+        place = np.arange(len(order))
+        turn = (place - begin + of) % parts
+
+        # the emptiest group goes first, and the last unit of a group last
+        ahead = np.append(0, np.cumsum(size[order]))  # frames in the units before
+        dealt = ahead[begin + (place - begin) // parts * parts] - ahead[begin]  # of the group
+        share = dealt / (ahead[end] - ahead[begin]) + (place == end - 1)
+        queue = np.lexsort((rng.random(len(size)), share))
+
+        # each part takes what brings it nearer to a tenth
+        part = np.zeros(len(size), int)
+        off = 0.0
+        for number in range(parts):
+            total = 0
+            for k in order[queue[turn[queue] == number]]:
+                if total >= goal:
+                    break
+                if abs(total + size[k] - goal) < abs(total - goal):
+                    part[k] = number + 1
+                    total += size[k]
+            off = max(off, abs(total - goal))
+        miss = (max(0.0, off - 0.1 * goal), size[part > 0].max(initial=0))
+        if miss < missed:
+            missed = miss
+            found = part
+        if missed <= (0.0, goal / 2):
+            break
+    return found[unit]
+
+
+def some_of(words: Sequence[str]) -> str:
+    """The first eight, and how many more there are."""
+    more = [f"{len(words) - 8} more groups"] if len(words) > 8 else []
+    return ", ".join([*words[:8], *more])
+
+
+def counts_of_groups(frames: Frames) -> dict[str, int]:
+    """How many frames each group has that any frame of these files is in, the largest first."""
+    number, names = frames.groups()
+    counts = np.bincount(number, minlength=len(names))
+    return {names[k]: int(counts[k]) for k in np.argsort(-counts, kind="stable")}
+
+
+def described(frames: Frames, use: str) -> str:
+    """Such as: 21 to test (Vacancy 12, Elastic 9)."""
+    groups = counts_of_groups(frames)
+    if len(groups) < 2:
+        return f"{len(frames)} {use}"
+    found = [f"{name or 'no group'} {count}" for name, count in groups.items() if count]
+    return f"{len(frames)} {use} ({some_of(found)})"
+
+
+def shortcomings(parts: dict[str, Frames]) -> list[str]:
+    """What there is to say against parts that `split` has made, a sentence each.
+
+    parts: the first one to train, by their use. Parts of fewer than ten frames, and groups of
+    training that another part has nothing of.
+    """
+    cure = "give more, or other files by --valid and --test"
+    found = []
+    small = [f"{len(frames)} {use}" for use, frames in parts.items() if len(frames) < 10]
+    if small:
+        found.append(f"few frames ({', '.join(small)}): errors of so few are a matter of luck; "
+                     f"{cure}")
+
+    (_, train), *others = parts.items()
+    bound = counts_of_groups(train.take(np.flatnonzero(~free_atoms(train))))
+    for use, frames in others:
+        here = counts_of_groups(frames)
+        missing = [name or "no group" for name, count in bound.items() if count and not here[name]]
+        if missing:
+            found.append(f"no frames {use} of the groups {some_of(missing)}; {cure}")
+    return found
+
+
+def split(frames: Frames, seed: int, uses: Sequence[str] = ("to test",),
+          say: Callable[[str], None] | None = None) -> list[Frames]:
+    """The frames to train on, and a tenth of all for each of `uses`.
+
+    Free atoms are trained on: nothing else tells their energies. say: told how the frames were
+    split, in a line. Raises BadInput if there are too few.
+    """
+    bound = np.flatnonzero(~free_atoms(frames))
+    if len(bound) <= len(uses):
         first = frames[0].info["source"] if len(frames) else "no frames"
         raise BadInput(f"{first}: so few structures cannot be split into training, validation and "
                        f"test; give more, or files for each")
-    return frames.take(np.flatnonzero(~held)), frames.take(np.flatnonzero(held))
+
+    unit, group, how = units(frames.take(bound))
+    part = np.zeros(len(frames), int)
+    part[bound] = deal(unit, group, len(uses), np.random.default_rng(seed))
+    found = [frames.take(np.flatnonzero(part == number)) for number in range(len(uses) + 1)]
+    if say is not None:
+        counts = [described(*pair) for pair in zip(found, ("to train", *uses), strict=True)]
+        say(f"note: held back {how}: {', '.join(counts)}")
+    return found
 
 
 def together(*sets: Frames) -> Frames:
