@@ -15,6 +15,7 @@ import ase.io
 import numpy as np
 from ase import Atoms
 from ase.calculators.emt import EMT
+from ase.calculators.singlepoint import SinglePointCalculator
 
 # fcc lattice constants, Å
 METALS = {"Al": 4.05, "Ni": 3.52, "Cu": 3.61, "Pd": 3.89, "Ag": 4.09, "Pt": 3.92, "Au": 4.08}
@@ -76,6 +77,9 @@ def write(path: str | Path, count: int = 1000) -> None:
         # what was rattled too hard is left out
         atoms.calc = EMT()
         if np.abs(atoms.get_forces()).max() < 5 and np.isfinite(atoms.get_stress()).all():
+            # Labels alone: EMT's energies of single atoms are none
+            labels = {name: atoms.calc.results[name] for name in ("energy", "forces", "stress")}
+            atoms.calc = SinglePointCalculator(atoms, **labels)
             images.append(atoms)
 
     part = path.with_name(f"{path.stem}.{os.getpid()}.part")
