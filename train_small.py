@@ -25,6 +25,7 @@ import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, make_dataclass, replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
@@ -182,6 +183,25 @@ def weighted(weights: dict[str, float], parts: dict):
     return sum(weights[name] * part for name, part in parts.items())
 
 
+def gradient_of(engine: torch.nn.Module, batch: facet.Batch, target: dict, scale: float,
+                huber: float, size: int = 1) -> torch.Tensor:
+    """The losses, [3]; the gradient of their weighted sum goes to .grad of the weights.
+
+    engine: the model, or what wraps it for `size` processes; target: as Samples gives it, and the
+    weights of the losses, [3]; the others as in `losses`.
+    """
+    out = engine(batch, differentiable=True)
+    parts = losses(out, target, target["count"], scale, huber)
+    loss = weighted(dict(zip(LABELS, target["weights"], strict=True)), parts)
+
+    # For the weights alone and not for the positions of the atoms, too.
+    # DistributedDataParallel takes the mean over processes, and we want the sum
+    engine.zero_grad()
+    trained = [weights for weights in engine.parameters() if weights.requires_grad]
+    (size * loss).backward(inputs=trained)
+    return torch.stack([parts[name] for name in LABELS]).detach()  # [3]
+
+
 # ─── Optimisers ───────────────────────────────────────────────────────────────────────────────────
 
 
@@ -239,23 +259,11 @@ def train(model: facet.Facet, frames: Frames, valid: Frames, s: Settings, folder
         restore(resumed, model, averaged, optimisers, p)
     first = p.step
     engine = torch.nn.parallel.DistributedDataParallel(model) if team.size > 1 else model
-    trained = [weights for weights in model.parameters() if weights.requires_grad]
     stream = iter(loader(samples, islice(batches, first, None), s.workers, device.type == "cuda"))
-
-    def gradient_of(batch: facet.Batch, target: dict) -> torch.Tensor:
-        """The losses, [3]; the gradient of their weighted sum goes to .grad of the weights."""
-        out = engine(batch, differentiable=True)
-        parts = losses(out, target, target["count"], model.config.energy_scale, s.huber)
-        loss = weighted(dict(zip(LABELS, target["weights"], strict=True)), parts)
-
-        # For the weights alone and not for the positions of the atoms, too.
-        # DistributedDataParallel takes the mean over processes, and we want the sum
-        model.zero_grad()
-        (team.size * loss).backward(inputs=trained)
-        return torch.stack([parts[name] for name in LABELS]).detach()  # [3]
-
+    find_gradient = partial(gradient_of, engine, scale=model.config.energy_scale, huber=s.huber,
+                            size=team.size)
     if device.type == "cuda" and team.size == 1:
-        gradient_of = ReplayedGradient(gradient_of, model)
+        find_gradient = ReplayedGradient(find_gradient, model)
 
     # Only the first process writes
     log = Log(folder, valid, resumed["log"] if resumed else 0) if team.rank == 0 else None
@@ -271,7 +279,7 @@ def train(model: facet.Facet, frames: Frames, valid: Frames, s: Settings, folder
             weights = loss_weights(s, p.share)
             target["weights"] = filled([weights[name] for name in LABELS], device)  # [3]
             target["count"] = team.sum(target["count"])  # [3]
-            parts = gradient_of(batch, target)  # [3]
+            parts = find_gradient(batch, target)  # [3]
             gradient = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             parts, gradient, seconds, stop = team.agree(
                 parts, gradient, p.seconds(), len(interrupted))

@@ -264,21 +264,23 @@ def what_sums_save() -> None:
                   f"{ms['ours'] / ms['plain']:.2f} of it")
 
 
+def with_chunks(numbers: int, job: Callable) -> None:
+    """Run the job with facet.chunks of so many numbers."""
+    def chunks(index, X):
+        n = max(1, numbers // max(1, index[0].numel() * X))
+        return [slice(a, min(a + n, len(index))) for a in range(0, len(index), n)]
+
+    with mock.patch.object(facet, "chunks", chunks):
+        job()
+
+
 def what_chunks_cost() -> None:
     """Print milliseconds of a training step on 512 atoms, for facet.chunks of several sizes."""
     for threads in (1, 2):
         torch.set_num_threads(threads)
         step = silicon_jobs(4, "ours")["training step"]
 
-        def step_with(numbers: int, step=step) -> None:
-            def chunks(index, X):
-                n = max(1, numbers // max(1, index[0].numel() * X))
-                return [slice(a, min(a + n, len(index))) for a in range(0, len(index), n)]
-
-            with mock.patch.object(facet, "chunks", chunks):
-                step()
-
-        jobs = {power: partial(step_with, 2 ** power) for power in range(15, 25)}
+        jobs = {power: partial(with_chunks, 2 ** power, step) for power in range(15, 25)}
         ms = in_turn(jobs, 6)
         for power, found in ms.items():
             print(f"{threads} threads, chunks of 2^{power} numbers: {found:.1f} ms")

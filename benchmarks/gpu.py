@@ -44,12 +44,13 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import numpy as np
 import torch
 from common import command_line, in_turn, read_results, silicon, write_results
+from density import with_chunks
 from torch.profiler import ProfilerActivity, profile
 
 import facet
 import train_small
 from tools.frames import Frames, load_sets
-from tools.labels import LABELS, TABLE
+from tools.labels import TABLE
 from tools.replay import Replayed, ReplayedGradient
 from tools.statistics import statistics
 
@@ -109,18 +110,12 @@ def step_of(model: facet.Facet, batch: facet.Batch, device: str, replay: bool = 
     target["count"] = torch.tensor([target[label.output].numel() for label in TABLE], device=device)
     target["weights"] = torch.ones(len(TABLE), device=device)
 
-    def gradient_of(batch: facet.Batch, target: dict) -> torch.Tensor:
-        out = model(batch, differentiable=True)
-        parts = train_small.losses(out, target, target["count"], 1.0, settings.huber)
-        model.zero_grad()
-        weights = dict(zip(LABELS, target["weights"], strict=True))
-        train_small.weighted(weights, parts).backward(inputs=trained)
-        return torch.stack([parts[name] for name in LABELS]).detach()  # [3]
-
-    gradient_of = ReplayedGradient(gradient_of, model) if replay else gradient_of
+    find_gradient = partial(train_small.gradient_of, model, scale=1.0, huber=settings.huber)
+    if replay:
+        find_gradient = ReplayedGradient(find_gradient, model)
 
     def step():
-        gradient_of(batch, target)
+        find_gradient(batch, target)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         for optimizer in optimisers:
             optimizer.step()
@@ -298,20 +293,14 @@ def chunks(device: str, quick: bool) -> dict:
         for kind, make in (("call", call_of), ("step", step_of)):
             job = make(model_on(device), batch, device)
 
-            def run(numbers: int, job=job) -> None:
-                def of_size(index, X):
-                    size = max(1, numbers // max(1, index[0].numel() * X))
-                    return [slice(a, min(a + size, len(index))) for a in range(0, len(index), size)]
-                with mock.patch.object(facet, "chunks", of_size):
-                    job()
-
             powers = range(20, 31, 2)
-            runs = {power: partial(run, 2 ** power) for power in powers}
+            runs = {power: partial(with_chunks, 2 ** power, job) for power in powers}
             ms = in_turn(runs, 0.5 if quick else 4)
             MB = {power: peak_MB(device, runs[power]) for power in powers}
             print(f"  {kind} on {atoms} atoms: " + ", ".join(
                 f"2^{power} {ms[power]:.2f} ms {MB[power]:.0f} MB" for power in powers))
-            result[f"{kind}, {atoms} atoms"] = {"ms": ms, "MB": MB}
+            result[f"{kind}, {atoms} atoms"] = {
+                "power": list(powers), "ms": list(ms.values()), "MB": list(MB.values())}
     return result
 
 

@@ -1,5 +1,6 @@
 """tools/replay.py: padding adds nothing, recordings give the same numbers, on a GPU and without."""
 import copy
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -12,13 +13,14 @@ from tools import replay
 from tools.batches import Samples
 from tools.check import MODELS, SMALL, TRICLINIC, batch_of, build, differ, same
 from tools.frames import BadInput
-from tools.labels import LABELS, TABLE
+from tools.labels import TABLE
 from tools.properties import random_alloy
 from tools.run import filled
 from tools.statistics import statistics
 
-CUDA = pytest.param("cuda", marks=pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="no CUDA device on this machine"))
+needs_cuda = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no CUDA device on this machine")
+CUDA = pytest.param("cuda", marks=needs_cuda)
 
 
 class Again:
@@ -109,15 +111,9 @@ def test_replayed_gradient_is_the_gradient(device, tmp_path):
     trained = list(model.parameters())
     samples = Samples(frames, config)
 
-    def gradient_of(batch, target):
-        out = model(batch, differentiable=True)
-        parts = train_small.losses(out, target, target["count"], config.energy_scale, 0.1)
-        model.zero_grad()
-        weights = dict(zip(LABELS, target["weights"], strict=True))
-        train_small.weighted(weights, parts).backward(inputs=trained)
-        return torch.stack([parts[name] for name in LABELS]).detach()  # [3]
-
-    replayed = replay.ReplayedGradient(gradient_of, model)
+    find_gradient = partial(
+        train_small.gradient_of, model, scale=config.energy_scale, huber=0.1)
+    replayed = replay.ReplayedGradient(find_gradient, model)
     found = []
     for rows in ([0, 1], [2, 3, 4], [5], [0, 1]):
         _, batch, target = samples[torch.tensor(rows).numpy()]
@@ -127,7 +123,7 @@ def test_replayed_gradient_is_the_gradient(device, tmp_path):
         batch = batch.to(device)
         parts = replayed(batch, target).clone()
         gradients = [weights.grad.clone() for weights in trained]
-        same("losses", parts, gradient_of(batch, target), "float32")
+        same("losses", parts, find_gradient(batch, target), "float32")
         for weights, gradient in zip(trained, gradients, strict=True):
             same("gradient", gradient, weights.grad, "float32")
         found.append(gradients[0])
@@ -158,9 +154,6 @@ def test_model_that_cannot_be_recorded_is_trained_all_the_same(monkeypatch):
 
 
 # ─── Training on a GPU ──────────────────────────────────────────────────────────────────────────
-
-
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
 
 class Stop(Exception):

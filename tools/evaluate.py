@@ -26,6 +26,7 @@ from tools.frames import (
     add_names,
     expand,
     gather_files,
+    leave_out,
     load_model,
     names_in,
     neighbours,
@@ -35,7 +36,6 @@ from tools.frames import (
 )
 from tools.labels import LABELS, TABLE, Names
 from tools.options import add_evaluation, check_evaluation
-from tools.relax import leave_out
 from tools.sets import Frames
 
 PORTION = 1000  # frames whose neighbours are in memory at a time

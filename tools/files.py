@@ -226,9 +226,8 @@ def comment_line(line: str) -> dict:
     """The second line of a frame in extended XYZ → {key: value}, as ASE's reader wants it.
 
     Lattice, Properties and pbc are taken in any capitals: GPUMD writes small ones. So are the
-    columns species and pos. A key without a
-    value (`config_type= energy=-1`) has none; ASE would give it the next key. Six numbers of stress
-    or virial get a name that ASE does not know.
+    columns species and pos. A key without a value (`config_type= energy=-1`) has none; ASE would
+    give it the next key. Six numbers of stress or virial get a name that ASE does not know.
     """
     there = {found["key"] for found in WORDS.finditer(line)}
 

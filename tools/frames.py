@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import glob
+import io
 import os
 import shlex
 import sys
@@ -272,6 +273,49 @@ def write_whole(path: Path, crystals: Sequence[Atoms]) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def comes_back(atoms: Atoms) -> bool:
+    """Whether extended XYZ holds the crystal and all that is in its info and arrays."""
+    file = io.StringIO()
+    try:
+        ase.io.write(file, atoms, format="extxyz")
+        file.seek(0)
+        again, = ase.io.read(file, index=":", format="extxyz")
+        pairs = [(atoms.cell.array, again.cell.array), (atoms.pbc, again.pbc)]
+        for here, there in ((atoms.info, again.info), (atoms.arrays, again.arrays)):
+            pairs += [(value, there[name]) for name, value in here.items()]
+        return all(as_it_was(*pair) for pair in pairs)
+    except Exception:  # whatever ASE's writer and reader stumble over
+        return False
+
+
+def as_it_was(value, again) -> bool:
+    """Whether an entry is what it was; or the number that a text tells, the text of an object."""
+    if value is None:
+        return False
+    if isinstance(value, str):
+        return value == again or not isinstance(again, str)
+    value = np.asarray(value)
+    if value.dtype.kind in "biuf":
+        return value.shape == np.shape(again) and np.allclose(value, again, 1e-6, 1e-6, True)
+    return True
+
+
+def leave_out(atoms: Atoms) -> set[str]:
+    """Remove from info and arrays what extended XYZ cannot hold. Returns the names of that."""
+    lost = set()
+    if comes_back(atoms):
+        return lost
+    for place in (atoms.info, atoms.arrays):
+        for name in set(place) - {"numbers", "positions"}:
+            alone = Atoms(atoms.numbers, cell=atoms.cell, pbc=atoms.pbc)
+            where = alone.info if place is atoms.info else alone.arrays
+            where[name] = place[name]
+            if not comes_back(alone):
+                lost.add(str(name))
+                del place[name]
+    return lost
 
 
 # ─── Training, validation, test ───────────────────────────────────────────────────────────────────

@@ -162,7 +162,7 @@ class Forces:
         try:
             energy, forces[:], virial = self.results()
         except Exception as error:
-            if isinstance(error, (BadInput, MemoryError)):
+            if isinstance(error, (BadInput, MemoryError, torch.OutOfMemoryError)):
                 print_to_stderr(f"error: step {step}: {error}")
             else:
                 traceback.print_exc()

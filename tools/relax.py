@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import sqlite3
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -35,7 +34,7 @@ from scipy.linalg import expm, expm_frechet, null_space
 
 import facet
 from tools.files import read_atoms
-from tools.frames import BadInput, load_model, print_to_stderr, write_whole
+from tools.frames import BadInput, leave_out, load_model, print_to_stderr, write_whole
 from tools.options import add_evaluation, check_evaluation
 from tools.replay import Replayed
 
@@ -313,49 +312,6 @@ def keys_of(crystals: list[ase.Atoms], settings: list) -> list[str]:
 
 
 # ─── What the output can hold ────────────────────────────────────────────────────────────────────
-
-
-def comes_back(atoms: ase.Atoms) -> bool:
-    """Whether extended XYZ holds the crystal and all that is in its info and arrays."""
-    file = io.StringIO()
-    try:
-        ase.io.write(file, atoms, format="extxyz")
-        file.seek(0)
-        again, = ase.io.read(file, index=":", format="extxyz")
-        pairs = [(atoms.cell.array, again.cell.array), (atoms.pbc, again.pbc)]
-        for here, there in ((atoms.info, again.info), (atoms.arrays, again.arrays)):
-            pairs += [(value, there[name]) for name, value in here.items()]
-        return all(equal(*pair) for pair in pairs)
-    except Exception:  # whatever ASE's writer and reader stumble over
-        return False
-
-
-def equal(value, again) -> bool:
-    """Whether an entry is what it was; or the number that a text tells, the text of an object."""
-    if value is None:
-        return False
-    if isinstance(value, str):
-        return value == again or not isinstance(again, str)
-    value = np.asarray(value)
-    if value.dtype.kind in "biuf":
-        return value.shape == np.shape(again) and np.allclose(value, again, 1e-6, 1e-6, True)
-    return True
-
-
-def leave_out(atoms: ase.Atoms) -> set[str]:
-    """Remove from info and arrays what extended XYZ cannot hold. Returns the names of that."""
-    lost = set()
-    if comes_back(atoms):
-        return lost
-    for place in (atoms.info, atoms.arrays):
-        for name in set(place) - {"numbers", "positions"}:
-            alone = ase.Atoms(atoms.numbers, cell=atoms.cell, pbc=atoms.pbc)
-            where = alone.info if place is atoms.info else alone.arrays
-            where[name] = place[name]
-            if not comes_back(alone):
-                lost.add(str(name))
-                del place[name]
-    return lost
 
 
 def along_axes(atoms: ase.Atoms) -> bool:
