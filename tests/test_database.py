@@ -180,7 +180,10 @@ def test_fingerprint_changes_with_what_is_in_the_database(example, converted, tm
             command = f"UPDATE systems SET {column} = (SELECT {column} FROM systems WHERE id = 2) "
             plain.connection.execute(command + "WHERE id = 1")
         prints.append(frames.read([str(tmp_path / "b.db")]).fingerprint())
-    assert len(set(prints)) == 6
+    with ase.db.connect(tmp_path / "b.db") as plain:
+        plain.connection.execute("UPDATE systems SET pbc = 3 WHERE id = 1")
+    prints.append(frames.read([str(tmp_path / "b.db")]).fingerprint())
+    assert len(set(prints)) == 7
 
 
 def test_equal_frames_of_databases_are_found(example, converted, tmp_path):
@@ -350,6 +353,17 @@ def test_files_can_be_added_and_count_once(example, converted, tmp_path):
     out = str(shutil.copy(converted, tmp_path / "a.db"))
     database.convert([str(path), other, other], out)
     assert_holds(tmp_path / "a.db", [*wanted, *frames.iread(other)])
+
+
+@pytest.mark.parametrize("name", ["a.db", "link.db", "*.db"])
+def test_database_does_not_take_in_itself(name, converted, tmp_path):
+    out = str(shutil.copy(converted, tmp_path / "a.db"))
+    (tmp_path / "link.db").symlink_to(out)
+    with pytest.raises(BadInput, match="a.db: is an input, too, and would hold its own frames"):
+        database.convert([str(tmp_path / name)], out)
+    assert len(frames.read([out])) == len(frames.read([converted]))
+    database.convert([out], str(tmp_path / "b.db"))  # the control: another name
+    assert len(frames.read([str(tmp_path / "b.db")])) == len(frames.read([converted]))
 
 
 def test_what_is_no_database_of_ours_is_left_alone(example, tmp_path, capsys):

@@ -128,6 +128,50 @@ def test_errors_without_labels_are_none(model):
     assert set(evaluate.errors([], []).values()) == {None}
 
 
+@pytest.mark.parametrize("name", ("energy", "forces", "stress"))
+def test_prediction_that_is_no_number_is_not_passed_over(name, model):
+    """The mean of the other frames would look as if the model were sound."""
+    frames = crystals(3)
+    predictions = evaluate.predict(model, frames)
+    said = []
+    evaluate.tell_broken(predictions, frames, said.append)
+    assert not said and np.isfinite(list(evaluate.errors(predictions, frames).values())).all()
+
+    predictions[1][name] = predictions[1][name] * np.nan
+    broken = [key for key, value in evaluate.errors(predictions, frames).items() if np.isnan(value)]
+    assert len(broken) == 2 and all(key.startswith(name.removesuffix("s")[:5]) for key in broken)
+    evaluate.tell_broken(predictions, frames, said.append)
+    assert len(said) == (name != "stress"), "a frame without a volume has none"
+    assert all(f"1 of 3 frames, such as {frames[1].info['source']};" in line for line in said)
+
+    del frames[1].calc.results[name]
+    assert None not in evaluate.errors(predictions, frames).values()
+    assert np.isfinite(list(evaluate.errors(predictions, frames).values())).all(), "no label there"
+
+
+def test_command_tells_that_the_model_gives_no_numbers(path, tmp_path, capsys):
+    model = facet.load(path)
+    with torch.no_grad():
+        model.splines.coefficients.fill_(np.nan)
+    facet.save(model, tmp_path / "nan.pt")
+    data = written(tmp_path / "a.extxyz", crystals(3))
+    assert " nan (nan) " in command(tmp_path / "nan.pt", data)
+    assert "warning: the model gives no numbers" in capsys.readouterr().err
+    assert "nan" not in command(path, data) and not capsys.readouterr().err, "the control"
+
+
+def test_lone_atom_without_labels_has_none(path, tmp_path):
+    """Forces of zero are added to an energy, not to nothing."""
+    lone = ase.Atoms("Cu")
+    ase.io.write(tmp_path / "a.extxyz", lone)
+    bare, = evaluate.read([tmp_path / "a.extxyz"], evaluate.Names())
+    assert not bare.calc.results
+    lone.calc = SinglePointCalculator(lone, energy=1.0)
+    ase.io.write(tmp_path / "b.extxyz", lone)
+    found, = evaluate.read([tmp_path / "b.extxyz"], evaluate.Names())
+    assert (found.calc.results["forces"] == 0).all()
+
+
 def test_errors_of_two_frames_by_hand():
     """Numbers that can be checked in the head; 1 eV/Å³ is 160.21766 GPa."""
     frames, predictions = [], []

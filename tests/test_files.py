@@ -260,13 +260,26 @@ def test_types_of_lammps_data_are_a_warning_without_masses(masses, tmp_path):
 
 
 @every_reader
-@pytest.mark.parametrize("unit", ["metal", "real"])
+@pytest.mark.parametrize("lines", [0, -1, -3, -4, -5, -7])
+def test_dump_that_is_cut_off_is_refused(lines, reader, tmp_path):
+    """Of its last frame four lines are atoms, one names their columns, three tell the box."""
+    path = Path(dump(tmp_path / "a.lammpstrj", crystals()))
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:lines or None]))
+    if lines == 0:
+        assert len(READERS[reader](str(path), keep_quiet)) == 3
+        return
+    with pytest.raises(BadInput, match="a.lammpstrj, frame .: cannot be read, is it complete"):
+        READERS[reader](str(path), keep_quiet)
+
+
+@every_reader
+@pytest.mark.parametrize("unit", ["metal", "real", "lj"])
 def test_dump_in_other_units_is_refused(unit, reader, tmp_path):
     path = dump(tmp_path / "a.lammpstrj", crystals(1), head=f"ITEM: UNITS\n{unit}\n")
     if unit == "metal":
         assert len(READERS[reader](path, keep_quiet)) == 1
         return
-    with pytest.raises(BadInput, match="a.lammpstrj: is a dump in units real"):
+    with pytest.raises(BadInput, match=f"a.lammpstrj: is a dump in units {unit}"):
         READERS[reader](path, keep_quiet)
 
 
@@ -395,6 +408,41 @@ def test_name_that_is_nothing_is_no_name(key, value, ending, tmp_path):
         assert "energy" in atoms.calc.results
 
 
+@every_reader
+@pytest.mark.parametrize("place", ["begin", "between", "end", "comment"])
+def test_frames_behind_an_empty_line_are_not_lost(place, reader, tmp_path):
+    """ASE ends at an empty line where the number of atoms should be, and says nothing."""
+    path = tmp_path / "a.xyz"
+    ase.io.write(path, crystals(), format="extxyz")
+    lines = path.read_text().splitlines()
+    at = {"begin": 0, "between": 12, "end": 18, "comment": 19}[place]
+    if place == "comment":  # of a last frame without labels, which readers of labels refuse
+        lines += ["1", "", "Cu 0 0 0"]
+    else:
+        lines.insert(at, "  ")
+    path.write_text("\n".join(lines) + "\n")
+    if place in ("begin", "between"):
+        assert len(ase.io.read(path, ":", format="extxyz")) < 3, "the control: ASE reads a part"
+        with pytest.raises(BadInput, match=f"a.xyz, frame {at // 6}: stands behind an empty line"):
+            READERS[reader](str(path), keep_quiet)
+    elif place == "end":
+        assert len(READERS[reader](str(path), keep_quiet)) == 3
+    else:
+        assert len(list(files.read_atoms(path))) == 4
+
+
+@every_reader
+@pytest.mark.parametrize("key", ["Lattice", "cell", "Box"])
+def test_cell_under_another_name_is_a_warning(key, reader, tmp_path):
+    said = []
+    path = extxyz(tmp_path / "a.xyz", f"{key}={{cell}} energy={{energy}}")
+    atoms, = READERS[reader](path, said.append)
+    assert atoms.cell.rank == (3 if key == "Lattice" else 0)
+    warned = told(said, "warning")
+    assert len(warned) == (key != "Lattice")
+    assert all(f"has {key}, but no Lattice" in line for line in warned)
+
+
 @every_labelled
 def test_six_numbers_of_stress_in_extxyz_are_refused_with_a_cure(reader, tmp_path):
     """ASE has one order, VASP another, and the file does not tell."""
@@ -480,7 +528,8 @@ def test_structures_without_labels_can_be_read_from_json(tmp_path):
 FOREIGN = {"train.cfg": ("BEGIN_CFG\n Size\n  4\n", "MLIP's configurations"),
            "coord.npy": ("x", "one array of NumPy"), "a.npz": ("x", "arrays of NumPy"),
            "a.h5": ("x", "HDF5"), "a.parquet": ("x", "a Parquet table"), "a.lmdb": ("x", "an LMDB"),
-           "a.pkl": ("x", "a pickle"), "water": (None, "a folder of deepmd")}
+           "a.pkl": ("x", "a pickle"), "df.pckl.gzip": ("x", "a compressed pickle"),
+           "a.pckl": ("x", "a pickle"), "water": (None, "a folder of deepmd")}
 
 
 @every_reader

@@ -164,10 +164,13 @@ class Progress:
 def convert(inputs: Sequence[str], out: str, names: Names = USUAL) -> None:
     """Write every frame of the inputs (files or globs) into the database `out`, or go on with it.
 
-    Raises BadInput: for what frames.iread refuses, for an input that changed, for other names of
-    labels than before, for a database that somebody else is writing.
+    Raises BadInput: for what frames.iread refuses, for an input that changed or that is `out`, for
+    other names of labels than before, for a database that somebody else is writing.
     """
     paths = frames.expand(inputs)
+    if os.path.realpath(out) in map(os.path.realpath, paths):
+        raise BadInput(f"{out}: is an input, too, and would hold its own frames twice; give "
+                       f"another name for the result")
     unread = Unread()
     try:
         writer = Writer(out, names)

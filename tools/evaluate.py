@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import ase
@@ -73,19 +73,20 @@ def labels(atoms: ase.Atoms) -> dict:
 def errors(predictions: list[dict], frames) -> dict:
     """MAE and RMSE of each label: energy (meV/atom), forces (eV/Å, over components), stress (GPa).
 
-    None where there are no labels, or no predictions of them.
+    None where there are no labels, or no predictions of them; nan if any prediction is no number.
     """
     table = {}
     for label in TABLE:
         differences = [[]]
         for found, atoms in zip(predictions, frames, strict=True):
             wanted = labels(atoms)[label.name]
-            difference = label.report.factor * (found.get(label.name, np.nan) - wanted)
+            if label.name not in found:
+                continue
+            difference = label.report.factor * (found[label.name] - wanted)
             if label.extensive:
                 difference = difference / len(atoms)
-            differences.append(difference.ravel())
+            differences.append(difference[np.isfinite(wanted)])
         known = np.concatenate(differences)
-        known = known[np.isfinite(known)]
         mae = float(np.abs(known).mean()) if len(known) else None
         rmse = float(np.sqrt((known**2).mean())) if len(known) else None
         table[label.report.column(label.quantity, "mae")] = mae
@@ -149,6 +150,17 @@ def print_table(what: str, rows: dict[str, dict], groups: dict[str, dict]) -> No
         print("Facet, by group" + (f" ({left_out} smaller groups left out)" * (left_out > 0)))
         for group, table in list(groups.items())[:GROUPS]:
             print(table_line(f"{group or 'no group'} ({table['structures']})", table))
+
+
+def tell_broken(predictions: list[dict], frames, say: Callable[[str], None]) -> None:
+    """Say for which frames the model gives an energy or forces that are no numbers."""
+    broken = []
+    for found, atoms in zip(predictions, frames, strict=True):
+        if not all(np.isfinite(found[label.name]).all() for label in TABLE if label.expected):
+            broken.append(atoms.info["source"])
+    if broken:
+        say(f"warning: the model gives no numbers (nan or infinity) for {len(broken)} of "
+            f"{len(frames)} frames, such as {broken[0]}; errors with these are nan")
 
 
 # ─── Frames, with and without labels ─────────────────────────────────────────────────────────────
@@ -319,6 +331,7 @@ def main(arguments: list[str] | None = None) -> None:
             predictions = predict(model, frames, args.batch_atoms)
         except BadInput as error:
             raise BadInput(f"{error}; remove the frame, or take another model") from error
+        tell_broken(predictions, frames, print_to_stderr)
 
         # errors where there are labels, predictions where nobody has seen them yet
         if frames.labels().any():

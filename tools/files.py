@@ -3,8 +3,8 @@
 `read_atoms` reads what ASE reads, and JSON of pymatgen's structures. It asks for no labels and
 checks none; tools.frames.iread makes frames of what it gives. What ASE would misunderstand is put
 right or refused here: names that it takes for slices, patterns or addresses; sites that are
-occupied in part; labels and elements that it fills in; keys of extended XYZ in small letters;
-databases with numbers of 32 bits.
+occupied in part; labels and elements that it fills in; keys of extended XYZ in small letters; files
+of which it reads a part and says nothing; databases with numbers of 32 bits.
 """
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import glob
 import os
 import re
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import ase.db
@@ -30,6 +31,9 @@ WARNING = "warning: "  # lines that begin so are errors with --strict
 # labels that ASE's reader of a format fills in where the file has none
 INVENTED = {"lammps-dump-text": ("energy",), "lammps-dump-binary": ("energy",)}
 
+# names under which extended XYZ of others has its cell, which ASE takes from Lattice alone
+CELLS = ("cell", "box", "unit_cell", "cell_vectors")
+
 # numbers that ASE's reader of a format does not turn into eV and Å
 UNCONVERTED = {"qbox": "Hartree and Bohr", "dlp4": "10 J/mol/Å"}
 
@@ -47,6 +51,9 @@ FOREIGN = {
     ".lmdb": "an LMDB database, as of fairchem; write its frames as extxyz",
     ".pkl": "a pickle, which may run code of others; write its frames as extxyz",
     ".pickle": "a pickle, which may run code of others; write its frames as extxyz",
+    ".pckl": "a pickle, which may run code of others; write its frames as extxyz",
+    ".gzip": "a compressed pickle, as of pacemaker, which may run code of others; write its frames "
+             "as extxyz",
     ".pt": "a file of PyTorch; write its frames as extxyz",
 }
 
@@ -88,6 +95,8 @@ def refuse_foreign(path: str) -> None:
     if Path(path).is_dir():
         inside = os.listdir(path)
         found = next((name for name in FOREIGN if name in inside), "")
+        if not found and "metadata.json" not in inside:  # which ASE's bundles of frames have
+            raise BadInput(f"{path}: is a folder; name the files in it")
     elif found not in FOREIGN:
         with open_with_compression(path, "rb") as file:
             found = file.read(100).decode(errors="replace").strip().partition("\n")[0].strip()
@@ -145,17 +154,24 @@ def atoms_of_ase(path: str, say: Callable[[str], None]) -> Iterator[Atoms]:
     full = os.path.abspath(path)
     kind = "extxyz" if name.endswith((".xyz", ".extxyz")) else filetype(full)
     options = {"properties_parser": comment_line} if kind == "extxyz" else {}
+    if kind == "extxyz":
+        refuse_gaps(path)
     if kind == "res":
         full = glob.escape(full)  # whose reader takes the name for a pattern
 
     images = ase.io.iread(full, index=":", format=kind, do_not_split_by_at_sign=True, **options)
+    counts = counts_of_dump(path) if kind == "lammps-dump-text" else None
     for i, atoms in enumerate(images):
         if i == 0:
             tell_doubts(atoms, kind, path, say)
+        if counts and (count := next(counts)) != len(atoms):
+            raise EOFError(f"{count} atoms are announced, {len(atoms)} are there")
         for label in INVENTED.get(kind, ()):
             if atoms.calc is not None:
                 atoms.calc.results.pop(label, None)
         yield atoms
+    if counts and next(counts, None) is not None:
+        raise EOFError("the dump ends before the atoms of its last frame")
 
 
 # ─── What ASE would misunderstand ─────────────────────────────────────────────────────────────────
@@ -180,8 +196,34 @@ def check_occupancies(atoms: Atoms, source: str) -> None:
             raise BadInput(f"{source}: a site is occupied to {value:g}; {ORDERED_ONLY}")
 
 
+def refuse_gaps(path: str) -> None:
+    """Raise BadInput for extended XYZ that goes on behind an empty line, where ASE ends."""
+    with open_with_compression(path) as file:
+        line = file.readline()
+        frame = 0
+        while line.strip().isdigit():
+            for _ in islice(file, int(line) + 1):
+                pass
+            line = file.readline()
+            while line.lstrip().startswith("VEC"):
+                line = file.readline()
+            frame += 1
+        if not line.strip() and any(rest.strip() for rest in file):
+            raise BadInput(f"{path}, frame {frame}: stands behind an empty line, where ASE ends "
+                           f"reading; remove that line")
+
+
+def counts_of_dump(path: str) -> Iterator[int]:
+    """How many atoms each frame of a dump of LAMMPS should have; ASE takes those that there are."""
+    with open_with_compression(path) as file:
+        for line in file:
+            if line.startswith("ITEM: NUMBER OF ATOMS"):
+                yield int(next(file, "0"))
+
+
 def tell_doubts(atoms: Atoms, kind: str, path: str, say: Callable[[str], None]) -> None:
-    """Say it if elements are nothing but the numbers of LAMMPS' types, and if units are doubtful.
+    """Say it if elements are nothing but the numbers of LAMMPS' types, if units are doubtful, and
+    if a cell has a name that ASE does not know.
 
     atoms: the first of the file. Raises BadInput for a dump that names its units, and ASE ignores
     them.
@@ -198,6 +240,10 @@ def tell_doubts(atoms: Atoms, kind: str, path: str, say: Callable[[str], None]) 
     if kind in UNCONVERTED and atoms.calc is not None:
         say(f"{WARNING}{path}: ASE takes the numbers as they are, which may be in "
             f"{UNCONVERTED[kind]}: convert them")
+    cells = [str(name) for name in atoms.info if str(name).lower() in CELLS]
+    if kind == "extxyz" and atoms.cell.rank == 0 and cells:
+        say(f"{WARNING}{path} has {', '.join(cells)}, but no Lattice, which is the name of a cell "
+            f"in extended XYZ: its frames are read without a cell, as molecules")
     if kind.startswith("lammps-d") and not named:
         say(f"{WARNING}{path} has no names of elements; ASE takes the types 1, 2, … for H, He, …, "
             f"so that this is {atoms.symbols.formula.format('reduce')}: dump the column element")

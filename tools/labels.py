@@ -393,7 +393,8 @@ def find_labels(there: dict, names: Names, usual: dict, source: str, unread: Unr
         return found
     lacking = " and no ".join(getattr(names, name) or name for name in expected)
     options = " and ".join(f"--{name}" for name in expected)
-    raise BadInput(f"{source}: has no {lacking}; it has {', '.join(map(str, there))}. Tell names "
+    there = ", ".join(map(str, there)) or "nothing else"
+    raise BadInput(f"{source}: has no {lacking}; it has {there}. Tell names "
                    f"by {options}, or remove the frame")
 
 

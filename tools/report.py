@@ -28,8 +28,17 @@ from tools.evaluate import (
     labels,
     predict,
     print_table,
+    tell_broken,
 )
-from tools.frames import BadInput, Frames, load_model, load_sets, neighbours, sample
+from tools.frames import (
+    BadInput,
+    Frames,
+    load_model,
+    load_sets,
+    neighbours,
+    print_to_stderr,
+    sample,
+)
 from tools.run import check_data, check_files, checkpoint
 
 SAMPLE = 5000  # test structures, evenly spread, that stand for all in a large test set
@@ -39,7 +48,10 @@ SAMPLE = 5000  # test structures, evenly spread, that stand for all in a large t
 
 
 def force_errors(predictions: list[dict], frames) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of every atom with a labelled force: its symbol, |F| and |ΔF| in eV/Å; [N] each."""
+    """Of every atom with a labelled force: its symbol, |F| and |ΔF| in eV/Å; [N] each.
+
+    |ΔF| is nan where the model gives no number.
+    """
     symbols = [np.array([], str)]
     size = [[]]
     error = [[]]
@@ -49,7 +61,7 @@ def force_errors(predictions: list[dict], frames) -> tuple[np.ndarray, np.ndarra
         size.append(np.linalg.norm(wanted, axis=1))
         error.append(np.linalg.norm(found["forces"] - wanted, axis=1))
     symbols, size, error = np.concatenate(symbols), np.concatenate(size), np.concatenate(error)
-    known = np.isfinite(error)
+    known = np.isfinite(size)
     return symbols[known], size[known], error[known]
 
 
@@ -160,7 +172,7 @@ def print_physics(found: dict) -> None:
 def read_run(folder: Path) -> tuple[facet.Facet, SimpleNamespace, tuple[Frames, ...]]:
     """The trained model, the settings of its training, and its training, validation and test set.
 
-    Raises BadInput, also where the training set is not what it was.
+    Raises BadInput, also where the sets are not what they were.
     """
     content = checkpoint(folder, SimpleNamespace)
     settings = SimpleNamespace(**content["settings"])
@@ -171,7 +183,7 @@ def read_run(folder: Path) -> tuple[facet.Facet, SimpleNamespace, tuple[Frames, 
 
     check_files(settings)
     sets = load_sets(settings, folder.parent, say=None)
-    check_data(sets[0], content)
+    check_data(dict(zip(("train", "valid", "test"), sets, strict=True)), content)
     return model, settings, sets
 
 
@@ -186,6 +198,7 @@ def report(folder: str | Path) -> dict:
     # errors on the test set
     test = list(sample(everything, SAMPLE))
     predictions = predict(model, test)
+    tell_broken(predictions, test, print_to_stderr)
     groups = errors_by_group(predictions, test)
     symbols, size, error = force_errors(predictions, test)
     rows = {"Facet": errors(predictions, test)}

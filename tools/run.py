@@ -133,7 +133,7 @@ def read_sets(s: Settings, out: Path, team: Team, resumed: dict | None) -> dict[
             dist.barrier()
     sets = dict(zip(("train", "valid", "test"), found, strict=True))
     if resumed:
-        check_data(sets["train"], resumed)
+        check_data(sets, resumed)
     return sets
 
 
@@ -147,14 +147,25 @@ def check_files(settings) -> None:
                            "from where it was begun)") from None
 
 
-def check_data(train: Frames, content: dict) -> None:
-    """Raise BadInput if this is not the training set of the checkpoint with this content."""
-    if content["data"] != train.fingerprint():
-        first, *more = train.files()
+def check_data(sets: dict[str, Frames], content: dict) -> None:
+    """Raise BadInput if these are not the sets of the checkpoint with this content.
+
+    Of validation and test the files must be the same, as far as the checkpoint tells them.
+    """
+    if content["data"] != sets["train"].fingerprint():
+        first, *more = sets["train"].files()
         gives = f" and {len(more)} more files give" if more else " gives"
         raise BadInput(f"the training set that {first}{gives} is not the one that this run began "
                        "with: the file has changed, or this version splits it in another way; give "
                        "what it began with, or begin a new run")
+
+    begun = content.get("origin", {}).get("data", {})
+    for part, what in (("valid", "validation"), ("test", "test")):
+        known = {file["sha256"] for file in begun.get(part, [])}
+        for path in sets[part].files() if known else ():
+            if checksum(path) not in known:
+                raise BadInput(f"{path}, of the {what} set, is not the file that this run began "
+                               f"with; give what it began with, or begin a new run")
 
 
 def introduce(sets: dict[str, Frames], model: facet.Facet, batch_atoms: int, folder: Path,
@@ -291,7 +302,7 @@ class Progress:
         return {
             "train_seconds": self.seconds(),
             "steps": self.step,
-            "padding": 1 - self.edges / max(1, self.slots),
+            "padding": 1 - self.edges / self.slots if self.slots else 0.0,
             "time": {
                 "model and optimisers": 1 - (self.waited + self.watching) / spent,
                 "waiting for data": self.waited / spent,
