@@ -790,6 +790,15 @@ def test_turned_molecule_is_not_apart_and_its_mirror_image_is():
     assert 0.02 < suspicions.apart(molecule, moved) < 0.3
 
 
+@pytest.mark.parametrize("pbc", [True, False])
+def test_atom_that_crosses_a_cell_has_moved_unless_it_repeats(pbc):
+    a = Atoms("Cu2", [[1, 1, 1], [2, 2, 2]], cell=[9, 9, 9], pbc=(True, True, pbc))
+    b = a.copy()
+    b.positions[0, 2] += 8.0
+    moved = suspicions.displacements(a, b)
+    assert np.ptp(moved[:, 2]) == pytest.approx(1.0 if pbc else 8.0)
+
+
 @pytest.mark.parametrize("slow", [True, False])
 def test_checks_that_take_long_say_so(slow, monkeypatch):
     said = []

@@ -400,6 +400,18 @@ def test_each_layout_has_its_own_order_of_stress(layout, key, more, order, tmp_p
         assert atoms.info["group"] == more.get("group", "")
 
 
+def test_order_of_a_layout_is_not_that_of_another_name(tmp_path):
+    """MatPES has one of its own stress alone; a column that somebody added may have another."""
+    six = [10.0, 20.0, 30.0, 1.0, 2.0, 3.0]
+    frame = {**silicon(), "matpes_id": "m", "stress": six, "vasp_stress": six}
+    path = write_json(tmp_path / "a.json", [frame])
+    for name in ("", "stress"):
+        found, = frames.iread(path, Names(stress=name))
+        assert found.calc.results["stress"][3] == pytest.approx(-1 / EV_PER_A3_IN_KBAR)
+    with pytest.raises(BadInput, match="six numbers of stress in an order that the file does not"):
+        list(frames.iread(path, Names(stress="vasp_stress")))
+
+
 def test_nine_numbers_of_stress_say_what_they_are(tmp_path):
     matrix = [[10.0, 3, 2], [3, 20, 1], [2, 1, 30]]
     for value in (matrix, np.ravel(matrix).tolist()):
@@ -451,6 +463,15 @@ def test_pymatgen_structures_keep_their_meaning(tmp_path):
                                                        [False] * 3]
     assert [atoms.get_chemical_formula() for atoms in found] == ["Si2", "Si2", "HSi", "Si2"]
     assert found[3].cell.rank == 0 and found[3].positions[1].tolist() == [0, 0, 2]
+
+
+def test_material_in_json_has_the_first_name_that_is_there(tmp_path):
+    named = {"provenance": {"original_mp_id": "mp-7", "mp_id": "x"}, "description": "bulk"}
+    more = [{"material_id": "mp-1", **named}, named, {"group": "MD ", "description": "bulk"},
+            {"provenance": None}]
+    path = write_json(tmp_path / "a.json", [{**silicon(), **one} for one in more])
+    assert [atoms.info["material"] for atoms in frames.iread(path)] == [
+        "mp-1", "mp-7", "MD bulk", f"{path}: Si2, run 1"]
 
 
 def test_crystal_that_is_not_one_is_refused(tmp_path):
@@ -705,6 +726,16 @@ def test_load_sets_aside_what_is_not_given(tmp_path):
     assert sizes(train=train, valid=valid, test=test) == [50, 30, 10]
     assert sizes(train=train, valid=("0",), test=test) == [50, 0, 10]
     assert sizes(train=train, valid=("0",), test=("0",)) == [50, 0, 0]
+
+
+def test_split_of_a_training_follows_from_its_seed(tmp_path):
+    path = write(tmp_path / "a.xyz", alloys(40))
+
+    def held(seed: int) -> list[str]:
+        _, valid, test = frames.load_sets(settings(train=(path,), seed=seed), tmp_path, say=None)
+        return [atoms.info["source"] for atoms in (*valid, *test)]
+
+    assert held(1) == held(1) and len({tuple(held(seed)) for seed in range(4)}) == 4
 
 
 def test_load_hands_on_names_and_weights(tmp_path):
@@ -1022,6 +1053,20 @@ def test_forces_are_compared_with_differences_of_energies(change, words):
     (multiply(stress=160.218), "stresses tell.*GPa")])
 def test_stresses_are_compared_with_differences_of_energies(change, words):
     assert any(re.search(words, text) for text in said_of(strained(), change))
+
+
+@pytest.mark.parametrize("change", [None, multiply(stress=-1)])
+def test_stresses_are_told_from_forces_where_atoms_move_with_the_cell(change):
+    """What the forces do is of the size of what the stresses do, and is taken off first."""
+    crystals = []
+    for i in range(24):
+        atoms = ase.build.bulk("Cu", cubic=True)
+        atoms.rattle(0.02, seed=i)
+        strain = np.diag([0.002 * i - 0.02, 0.001 * i, 0.0])
+        atoms.set_cell(atoms.cell.array @ (np.eye(3) + strain), scale_atoms=True)
+        crystals.append(with_emt(atoms))
+    found = [text for text in said_of(crystals, change) if "stresses tell" in text]
+    assert len(found) == bool(change) and all("sign" in text for text in found)
 
 
 def test_stress_in_kbar_is_told_by_the_frames_and_real_pressure_is_not():

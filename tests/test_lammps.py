@@ -201,6 +201,25 @@ def test_every_process_tells_lammps_the_totals(parts):
         assert np.abs(process.told["forces"] - forces[own]).max() < SAME
 
 
+@pytest.mark.parametrize("move, ago, noticed", [
+    ([0.45, 0, 0], 1, False), ([0.55, 0, 0], 1, True), ([0.35, -0.35, 0.35], 1, True),
+    ([0.55, 0, 0], 0, False)])
+def test_ghosts_that_are_out_of_date_are_noticed(move, ago, noticed):
+    """Half of the skin in any direction, since LAMMPS looked last."""
+    part, = cut(crystal("bulk"), 1, rim=20.0)
+    process = Process(None, *part)
+    forces = lammps.Forces(process, build(), ["Si", "O"])
+    forces.results()
+    process.settings["neigh_ago"] = ago
+    process.arrays["x"] = process.arrays["x"].copy()
+    process.arrays["x"][3] += move
+    if noticed:
+        with pytest.raises(BadInput, match="an atom has moved by more than 0.5 Å since LAMMPS ren"):
+            forces.results()
+    else:
+        forces.results()
+
+
 @pytest.mark.parametrize("mistake", [False, True])
 def test_error_in_a_step_ends_with_a_sentence_and_a_mistake_with_its_traceback(
         mistake, monkeypatch, capsys):

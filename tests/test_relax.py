@@ -180,6 +180,20 @@ def test_broken_crystal_stops_and_the_others_do_not_notice(breaks, monkeypatch):
         assert (bad.positions == seen[2]).all() and np.abs(bad.positions - seen[0]).max() > 1e-4
 
 
+@pytest.mark.parametrize("name", ("energy", "forces", "stress"))
+def test_crystal_with_any_result_that_is_no_number_stops(name, monkeypatch):
+    evaluate = facet.evaluate
+
+    def spoil_the_first(*arguments):
+        first, *others = evaluate(*arguments)
+        return [{**first, name: first[name] * np.nan}, *others] if others else [first]
+
+    monkeypatch.setattr(facet, "evaluate", spoil_the_first)
+    bad, good = relax(build(), MOVING[:2], fmax=0.05, steps=1)
+    assert bad.calc is None and bad.info["steps"] == 0 and not bad.info["converged"]
+    assert good.info["steps"] == 1
+
+
 @pytest.mark.parametrize("sign", (1, -1))
 def test_cell_shrinks_or_grows_e_fold_at_most(sign):
     """Under a stress that never ends."""

@@ -49,6 +49,7 @@ from tools.check import build, differ, largest, same
 from tools.frames import in_memory, load_sets
 from tools.labels import labelled
 from tools.properties import ALL
+from tools.report import read_run
 from tools.run import checkpoint as read_checkpoint
 
 HERE = Path(__file__).resolve().parent.parent
@@ -1451,6 +1452,28 @@ def test_run_is_not_resumed_on_data_that_differ_in(what, done, tmp_path):
     file_of(tmp_path, crystals)
     with pytest.raises(train_small.BadInput, match="not the one that this run began with"):
         train_small.main(s, resume=tmp_path / "a")
+
+
+def test_run_is_not_judged_by_files_that_have_changed(tmp_path, monkeypatch):
+    """Neither resumed nor reported on; control: with the files as they were, read again."""
+    monkeypatch.setattr(train_small.report, "report", lambda folder: {})
+    file_of(tmp_path, copper(5))
+    held = {"valid": file_of(tmp_path, copper(3, first=20), "valid.extxyz"),
+            "test": file_of(tmp_path, copper(3, first=30), "test.extxyz")}
+    sets = {name: (path,) for name, path in held.items()}
+    run(tmp_path, steps=1, **sets)
+    done = run(tmp_path, resume=True, steps=1, **sets)
+    assert done["padding"] == 0, "of no batches"
+    for path, what in ((held["valid"], "validation"), (held["test"], "test")):
+        before = Path(path).read_text()
+        Path(path).write_text(before + before)
+        message = f"of the {what} set, is not the file that this run began with"
+        with pytest.raises(train_small.BadInput, match=message):
+            run(tmp_path, resume=True, steps=1, **sets)
+        with pytest.raises(train_small.BadInput, match=message):
+            read_run(tmp_path / "runs" / "a")
+        Path(path).write_text(before)
+    read_run(tmp_path / "runs" / "a")
 
 
 def test_checkpoint_is_written_by_the_clock(tmp_path):

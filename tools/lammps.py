@@ -137,7 +137,8 @@ class Forces:
         # Ghosts are complete until an atom has moved by half the skin, as long as LAMMPS looks
         if self.renewed is None or self.lmp.extract_setting("neigh_ago") == 0:
             self.renewed = positions[:local].copy()  # [local, 3]
-        if np.abs(positions[:local] - self.renewed).max(initial=0) > SKIN / 2:
+        moved = np.linalg.norm(positions[:local] - self.renewed, axis=1)  # [local] Å
+        if moved.max(initial=0) > SKIN / 2:
             raise BadInput(
                 f"an atom has moved by more than {SKIN / 2} Å since LAMMPS renewed its neighbours; "
                 f"leave `neighbor {SKIN} bin` and `neigh_modify delay 0 every 1 check yes`")
