@@ -272,6 +272,42 @@ def test_dump_that_is_cut_off_is_refused(lines, reader, tmp_path):
         READERS[reader](str(path), keep_quiet)
 
 
+VASPRUN = """<modeling><kpoints><varray name="kpointlist"><v>0 0 0</v></varray></kpoints>
+<parameters></parameters><atominfo><atoms>1</atoms><array name="atoms"><set>
+<rc><c>Cu</c><c>1</c></rc></set></array></atominfo>
+{structure}{step}{step}
+</modeling>
+"""
+PLACE = """<structure name="{name}"><crystal><varray name="basis">
+<v>4 0 0</v><v>0 4 0</v><v>0 0 4</v>
+</varray></crystal><varray name="positions"><v>0 0 0</v></varray></structure>
+"""
+STEP = """<calculation>{structure}<varray name="forces"><v>0 0 0</v></varray><scstep><energy>
+<i name="e_fr_energy">-3</i><i name="e_0_energy">-3</i></energy></scstep>
+<energy><i name="e_fr_energy">-3</i><i name="e_0_energy">-3</i></energy></calculation>
+"""
+
+
+@every_reader
+@pytest.mark.parametrize("cut", ["", "</modeling>", "<scstep>"])
+def test_calculation_that_was_stopped_is_noted(cut, reader, tmp_path):
+    step = STEP.format(structure=PLACE.format(name=""))
+    text = VASPRUN.format(structure=PLACE.format(name="initialpos"), step=step)
+    (tmp_path / "vasprun.xml").write_text(text[:text.rindex(cut) if cut else None])
+    said = []
+    found = READERS[reader](str(tmp_path / "vasprun.xml"), said.append)
+    assert len(found) == (1 if cut == "<scstep>" else 2)
+    assert len([line for line in said if "ends before its calculation has" in line]) == bool(cut)
+
+
+def test_outcar_that_was_stopped_is_noted(tmp_path):
+    for words, count in (("General timing and accounting informations for this job:", 0), ("", 1)):
+        (tmp_path / "OUTCAR").write_text(f"vasp\n{words}\n" + "Elapsed time (sec): 1\n" * 20)
+        said = []
+        files.tell_early_end("vasp-out", str(tmp_path / "OUTCAR"), said.append)
+        assert len(said) == count
+
+
 @every_reader
 @pytest.mark.parametrize("unit", ["metal", "real", "lj"])
 def test_dump_in_other_units_is_refused(unit, reader, tmp_path):

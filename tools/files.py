@@ -11,6 +11,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -33,6 +34,9 @@ INVENTED = {"lammps-dump-text": ("energy",), "lammps-dump-binary": ("energy",)}
 
 # names under which extended XYZ of others has its cell, which ASE takes from Lattice alone
 CELLS = ("cell", "box", "unit_cell", "cell_vectors")
+
+# what stands near the end of a calculation's output, if that has come to its end
+LAST_WORDS = {"vasp-xml": "</modeling>", "vasp-out": "General timing and accounting"}
 
 # numbers that ASE's reader of a format does not turn into eV and Å
 UNCONVERTED = {"qbox": "Hartree and Bohr", "dlp4": "10 J/mol/Å"}
@@ -164,6 +168,7 @@ def atoms_of_ase(path: str, say: Callable[[str], None]) -> Iterator[Atoms]:
     for i, atoms in enumerate(images):
         if i == 0:
             tell_doubts(atoms, kind, path, say)
+            tell_early_end(kind, path, say)
         if counts and (count := next(counts)) != len(atoms):
             raise EOFError(f"{count} atoms are announced, {len(atoms)} are there")
         for label in INVENTED.get(kind, ()):
@@ -247,6 +252,17 @@ def tell_doubts(atoms: Atoms, kind: str, path: str, say: Callable[[str], None]) 
     if kind.startswith("lammps-d") and not named:
         say(f"{WARNING}{path} has no names of elements; ASE takes the types 1, 2, … for H, He, …, "
             f"so that this is {atoms.symbols.formula.format('reduce')}: dump the column element")
+
+
+def tell_early_end(kind: str, path: str, say: Callable[[str], None]) -> None:
+    """Say it if a calculation was stopped; ASE reads the steps that are whole."""
+    words = LAST_WORDS.get(kind)
+    if words is None:
+        return
+    with open_with_compression(path) as file:
+        end = deque(file, maxlen=50)
+    if not any(words in line for line in end):
+        say(f"note: {path} ends before its calculation has; the steps that are whole are read")
 
 
 def header_of_dump(path: str) -> list[str]:
