@@ -198,6 +198,33 @@ def test_equal_frames_of_databases_are_found(example, converted, tmp_path):
                wanted[later % n].calc.results["energy"]
 
 
+@pytest.mark.parametrize("labels", ["energy and forces", "forces"])
+@pytest.mark.parametrize("held", ["file", "database"])
+def test_equal_frames_of_a_database_and_a_file_are_found(held, labels, tmp_path):
+    """Of ten frames in one and ten in the other three are the same, and one only looks so."""
+    wanted = list(frames.iread(copper(tmp_path / "a.xyz", ("energy", "forces", "virial"), 17)))
+    for atoms in wanted:
+        for name in set(atoms.calc.results) - set(labels.split(" and ")):
+            del atoms.calc.results[name]
+    ase.io.write(tmp_path / "train.xyz", wanted[:10], format="extxyz")
+    others = [atoms.copy() for atoms in wanted[7:]]
+    for atoms, right in zip(others, wanted[7:], strict=True):
+        atoms.calc = right.calc
+    others[3].positions[1, 2] += 1e-3
+    ase.io.write(tmp_path / "other.xyz", others, format="extxyz")
+    paths = {"train": str(tmp_path / "train.xyz"), "test": str(tmp_path / "other.xyz")}
+    moved = "test" if held == "database" else "train"
+    database.convert([paths[moved]], str(tmp_path / "a.db"))
+    paths[moved] = str(tmp_path / "a.db")
+
+    said = []
+    settings = argparse.Namespace(train=(paths["train"],), test=(paths["test"],), valid=("0",),
+                                  seed=0)
+    train, _, test = frames.load_sets(settings, tmp_path, said.append)
+    assert len(train) == 7 and len(test) == 10
+    assert any("note: 3 of 10 frames to train on are also in the test set" in line for line in said)
+
+
 def test_frames_of_a_database_that_only_look_like_twins_are_not_twins(converted, tmp_path):
     """The same atoms and energy, but another number somewhere."""
     out = shutil.copy(converted, tmp_path / "a.db")

@@ -558,12 +558,29 @@ def together(*sets: Frames) -> Frames:
     return Frames(parts, np.concatenate(rows))
 
 
+def like_any(some: Frames, others: Frames) -> np.ndarray:
+    """Which of some have the number of atoms and the energy of any of the others, [F] of bool."""
+    atoms = some.atom_counts()
+    energy = np.nan_to_num(some.energies(), nan=np.inf)  # those without one are alike
+    found = np.zeros(len(some), bool)
+    other_atoms = others.atom_counts()
+    other_energy = np.nan_to_num(others.energies(), nan=np.inf)
+    for number in np.intersect1d(atoms, other_atoms):
+        rows = np.flatnonzero(atoms == number)
+        near = np.sort(other_energy[other_atoms == number])
+        first = np.searchsorted(near, energy[rows] - EQUAL)
+        last = np.searchsorted(near, energy[rows] + EQUAL, side="right")
+        found[rows] = first < last
+    return found
+
+
 def twins(frames: Frames) -> tuple[np.ndarray, np.ndarray]:
     """For every frame an earlier one that is equal, and one of the same geometry but another
     energy; [F] each, -1 where there is none.
 
     In memory, numbers are equal within EQUAL; wrapped or moved copies are not found. In databases,
-    frames are equal if their checksums, atoms and energies are.
+    frames are equal if their checksums, atoms and energies are. One in memory and one in a database
+    are compared as two in memory, if their energies are equal.
     """
     equal = np.full(len(frames), -1)
     contrary = np.full(len(frames), -1)
@@ -581,10 +598,12 @@ def twins(frames: Frames) -> tuple[np.ndarray, np.ndarray]:
         equal[rows] = np.where(earlier < rows, earlier, -1)
 
     # in memory: frames of the same atoms, along a projection of their geometry
+    there = np.flatnonzero(~disk[frames.rows[:, 0]])
+    beside = rows[like_any(stored, frames.take(there))]
     alike = {}
-    for row in np.flatnonzero(~disk[frames.rows[:, 0]]):
+    for row in (*there, *beside):
         number, place = frames.rows[row]
-        atoms = frames.parts[number].images[place]
+        atoms = frames[row] if disk[number] else frames.parts[number].images[place]
         alike.setdefault((atoms.numbers.tobytes(), atoms.pbc.tobytes()), []).append((row, atoms))
     for members in alike.values():
         if len(members) == 1:
@@ -602,7 +621,7 @@ def twins(frames: Frames) -> tuple[np.ndarray, np.ndarray]:
                 (early, left), (late, right) = sorted((members[i], members[j]),
                                                       key=lambda member: member[0])
                 if equal_labels(left, right):
-                    equal[late] = early
+                    equal[late] = early if equal[late] < 0 else min(early, equal[late])
                 elif abs(left.calc.results.get("energy", np.nan)
                          - right.calc.results.get("energy", np.nan)) > 0.01 * len(left):
                     contrary[late] = early
