@@ -1055,6 +1055,24 @@ def test_stresses_are_compared_with_differences_of_energies(change, words):
     assert any(re.search(words, text) for text in said_of(strained(), change))
 
 
+@pytest.mark.parametrize("change, words", [
+    (None, None), (multiply(forces=-1), "sign"), (multiply(forces=1 / 51.42), "Hartree/Bohr"),
+    (multiply(energy=23.06), "energies in kcal/mol"), (multiply(energy=1 / 27.21), "Hartree")])
+def test_forces_are_compared_where_every_cell_is_another(change, words):
+    """As in molecular dynamics at constant pressure."""
+    rng = np.random.default_rng(0)
+    crystals = []
+    for i in range(24):
+        atoms = ase.build.bulk("Cu", cubic=True)
+        atoms.rattle(0.08, seed=i)
+        strain = rng.normal(0, 0.004, (3, 3))
+        atoms.set_cell(atoms.cell.array @ (np.eye(3) + strain), scale_atoms=True)
+        crystals.append(with_emt(atoms))
+    found = said_of(crystals, change)
+    assert len(found) == bool(change)
+    assert all(re.search(f"forces tell.*{words}", text) for text in found)
+
+
 @pytest.mark.parametrize("change", [None, multiply(stress=-1)])
 def test_stresses_are_told_from_forces_where_atoms_move_with_the_cell(change):
     """What the forces do is of the size of what the stresses do, and is taken off first."""

@@ -355,6 +355,27 @@ def slope(work: np.ndarray, change: np.ndarray) -> float:
     return float(factor) if missed < 0.3 else np.nan
 
 
+def slope_beside(work: np.ndarray, other: np.ndarray, change: np.ndarray) -> float:
+    """The factor b of change ≈ b · work + c · other [P] by least absolute errors.
+
+    nan if it fits badly, or if b · work is little of the change.
+    """
+    if len(work) < 8 or np.abs(work).mean() <= 1e-4 * np.abs(change).mean():
+        return np.nan  # rounding of positions that have not moved
+    columns = np.stack([work, other], 1)  # [P, 2]
+    columns = columns / np.maximum(np.abs(columns).mean(0), 1e-9)  # [P, 2]
+    missed = np.abs(change)  # [P]
+    for _ in range(30):
+        root = 1 / np.sqrt(np.maximum(missed, 1e-6 * np.abs(change).max()))  # [P]
+        factors = np.linalg.lstsq(columns * root[:, None], change * root, rcond=1e-9)[0]  # [2]
+        missed = np.abs(change - columns @ factors)
+
+    little = 0.3 * np.abs(change).mean()
+    if missed.mean() > little or abs(factors[0]) < little:
+        return np.nan
+    return float(factors[0] / np.abs(work).mean())
+
+
 CURES = ((-1.0, "is the sign the other one, as of gradients?"),
          (51.42, "are they in Hartree/Bohr?"),
          (25.0, "are the energies in kcal/mol, or forces in Rydberg/Bohr or Hartree/Å?"),
@@ -382,10 +403,12 @@ def slopes(pairs: list[tuple[Atoms, Atoms]]) -> list[str]:
     """Forces, then stresses, against differences of energies of frames that are near each other.
 
     With the displacements u and the strain ε between two frames, ΔE ≈ -F·u + V σ·ε, with the means
-    of both. Frames of equal cells tell about forces, the others about stresses.
+    of both. Frames of equal cells tell about forces, the others about stresses, and about forces
+    beside these, as in molecular dynamics at constant pressure.
     """
     of_forces = []
     of_stresses = []
+    of_both = []
     first = {}
     for a, b in pairs:
         left, right = a.calc.results, b.calc.results
@@ -405,6 +428,7 @@ def slopes(pairs: list[tuple[Atoms, Atoms]]) -> list[str]:
             tension = (a.get_volume() * voigt_6_to_full_3x3_stress(left["stress"])
                        + b.get_volume() * voigt_6_to_full_3x3_stress(right["stress"])) / 2
             of_stresses.append(((tension * strain).sum(), change - work))
+            of_both.append((work, (tension * strain).sum(), change))
             first.setdefault("stresses", a)
 
     found = []
@@ -412,4 +436,7 @@ def slopes(pairs: list[tuple[Atoms, Atoms]]) -> list[str]:
         if points:
             work, change = np.array(points).T
             found += wrong_factor(what, slope(work, change), first[what])
+    if of_both and not found:
+        factor = slope_beside(*np.array(of_both).T)
+        found += wrong_factor("forces", factor, first["stresses"])
     return found
