@@ -260,7 +260,7 @@ def test_types_of_lammps_data_are_a_warning_without_masses(masses, tmp_path):
 
 
 @every_reader
-@pytest.mark.parametrize("lines", [0, -1, -3, -4, -5, -7])
+@pytest.mark.parametrize("lines", [0, -1, -3, -4, -5, -7, -9, -10])
 def test_dump_that_is_cut_off_is_refused(lines, reader, tmp_path):
     """Of its last frame four lines are atoms, one names their columns, three tell the box."""
     path = Path(dump(tmp_path / "a.lammpstrj", crystals()))

@@ -123,6 +123,11 @@ def test_force_errors_of_two_frames_by_hand():
     assert error == pytest.approx([0, 0.6, 0, 1.8])
     assert report.errors_by_element(symbols, error) == pytest.approx({"Au": 1.2, "Cu": 0})
 
+    predictions[1]["forces"][1] = np.nan
+    symbols, _, error = report.force_errors(predictions, frames)
+    assert len(error) == 4 and np.isnan(error).tolist() == [False, False, False, True]
+    assert np.isnan(report.errors_by_element(symbols, error)["Au"]), "not that of the others"
+
 
 def test_errors_by_size_go_by_the_size():
     """Large forces with small errors, small ones with large errors."""
