@@ -421,6 +421,7 @@ def test_nine_numbers_of_stress_say_what_they_are(tmp_path):
 
 
 @pytest.mark.parametrize("stress, message", [([1.0, 2, 3], "has 3 numbers"),
+                                             ([1.0] * 18, "has 18 numbers"),
                                              ([1.0, 2, 3, 4, 5, 6], "order that the file does not"),
                                              ("none", "not made of numbers")])
 def test_stress_that_does_not_say_what_it_is_is_refused(stress, message, tmp_path):
@@ -475,14 +476,15 @@ def test_material_in_json_has_the_first_name_that_is_there(tmp_path):
 
 
 def test_crystal_that_is_not_one_is_refused(tmp_path):
-    shared, partial, unknown, bare, broken = (silicon() for _ in range(5))
+    shared, partial, over, unknown, bare, broken = (silicon() for _ in range(6))
     shared["structure"]["sites"][0]["species"].append({"element": "C", "occu": 0.5})
     partial["structure"]["sites"][0]["species"][0]["occu"] = 0.5
+    over["structure"]["sites"][0]["species"][0]["occu"] = 1.2
     unknown["structure"]["sites"][0]["species"][0]["element"] = "X0+"
     del bare["structure"]
     del broken["structure"]["sites"][1]["species"]
     for frame, message in ((shared, "several elements"), (partial, "occupied to 0.5"),
-                           (unknown, "no element"), (bare, "has no structure; it has energy"),
+                           (over, "occupied to 1.2"), (unknown, "no element"), (bare, "has no structure; it has energy"),
                            (broken, "is no structure as pymatgen writes it")):
         path = write_json(tmp_path / "a.json", [silicon(), frame])
         with pytest.raises(BadInput, match=f"a.json, frame 1: .*{message}"):
