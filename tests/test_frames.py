@@ -484,7 +484,8 @@ def test_crystal_that_is_not_one_is_refused(tmp_path):
     del bare["structure"]
     del broken["structure"]["sites"][1]["species"]
     for frame, message in ((shared, "several elements"), (partial, "occupied to 0.5"),
-                           (over, "occupied to 1.2"), (unknown, "no element"), (bare, "has no structure; it has energy"),
+                           (over, "occupied to 1.2"), (unknown, "no element"),
+                           (bare, "has no structure; it has energy"),
                            (broken, "is no structure as pymatgen writes it")):
         path = write_json(tmp_path / "a.json", [silicon(), frame])
         with pytest.raises(BadInput, match=f"a.json, frame 1: .*{message}"):
