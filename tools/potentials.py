@@ -22,8 +22,9 @@ from ase.data import atomic_numbers, covalent_radii, reference_states
 
 import facet
 from tools.files import read_atoms
-from tools.properties import facet_of, random_crystal, value
+from tools.properties import NO_METALS, random_crystal, value
 
+LARGEST = 40.0  # eV/Å; a crystal with such forces is nowhere near its equilibrium
 KEPT = 50  # structures whose results are remembered
 
 
@@ -163,7 +164,6 @@ def given_calculators(words: list[str], dtype: str, device: str) -> list[tuple]:
 
 
 ANIONS = {*"NOFPSI", "Cl", "Se", "Br", "Te"}
-NO_METALS = {*ANIONS, *"HBC", "Si", "Ge", "As", "Sb"}
 THIRD_GROUP = {"B", "Al", "Ga", "In"}
 ORGANIC = {*"HCNOFS", "Cl"}
 SUITABLE = {  # what is tried if no elements are given; of each kind the first that has an energy
@@ -188,11 +188,11 @@ def shaken(atoms: Atoms, seed: int = 0) -> Atoms:
     return other
 
 
-def molecule_of(elements: set) -> Atoms | None:
-    """The largest molecule of at most nine atoms that ASE knows of these elements."""
+def molecules_of(elements: set) -> list[Atoms]:
+    """Molecules of at most nine atoms that ASE knows of just these elements, large ones first."""
     found = [ase.build.molecule(name) for name in g2.names]
     found = [atoms for atoms in found if len(atoms) <= 9 and {*atoms.symbols} == elements]
-    return max(found, key=len, default=None)
+    return sorted(found, key=len, reverse=True)
 
 
 def crystal_of(elements: list[str]) -> Atoms:
@@ -231,22 +231,20 @@ def boxed(molecule: Atoms) -> Atoms:
 
 def candidates(species: list[str]) -> dict[str, list[Atoms]]:
     """Kinds of structures, each with those that may do: the first will be taken."""
-    asked = {"": [" ".join(species)]} if species else SUITABLE
+    asked = {"crystal": [" ".join(species)]} if species else SUITABLE
     found = {}
     for kind, alternatives in asked.items():
         for elements in alternatives:
             elements = elements.split()
-            molecule = None
-            if {*elements} <= ORGANIC and kind != "covalent" and elements != ["C"]:
-                molecule = molecule_of({*elements})
-            if molecule is None:
+            molecules = []
+            if {*elements} <= ORGANIC and elements != ["C"] and kind != "covalent":
+                molecules = [shaken(atoms) for atoms in molecules_of({*elements})]
+            if not molecules:
                 found.setdefault(kind, []).append(crystal_of(elements))
-                continue
-            molecule = shaken(molecule)
             if "box" not in kind:
-                found.setdefault(kind, []).append(molecule)
-            if kind in ("", "molecule in a box"):
-                found.setdefault("molecule in a box", []).append(boxed(molecule))
+                found.setdefault("molecule", []).extend(molecules)
+            if kind != "molecule":
+                found.setdefault("molecule in a box", []).extend(boxed(m) for m in molecules)
     return found
 
 
@@ -269,22 +267,26 @@ def structures(calculator, files: list[str], species: list[str], every: bool) ->
     if files:
         return found
 
-    # What suits
-    failed = None
+    # What suits; what pushes its atoms apart is only taken where there is nothing else
+    failed = "it is no number"
+    hopeless = []
     for kind, alternatives in candidates(species).items():
         if not every and len(found) == 2:
             break
         for atoms in alternatives:
             try:
-                energy = value(calculator, atoms, "energy")
+                value(calculator, atoms, "energy")
+                force = np.abs(value(calculator, atoms, "forces")).max()
             except Exception as error:
-                failed = failed or error
+                failed = in_short(error)
                 continue
-            if np.isfinite(energy).all() or facet_of(calculator):
+            if force < LARGEST:
                 found.append((atoms, kind))
                 break
+            hopeless.append((atoms, kind))
+    found = found or hopeless[:1]
     if not found:
         what = " ".join(species) or "any element that was tried"
         raise CannotBegin(f"no energy of a crystal of {what} (try --species or --atoms): "
-                          f"{in_short(failed) if failed else 'it is no number'}")
+                          f"{failed}")
     return found
