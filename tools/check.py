@@ -517,11 +517,24 @@ def empty_row(device: str) -> Row:
     return Row("empty places", (None, error, None), TOL["rounding"])
 
 
+def float32_row(device: str) -> Row:
+    """float32 against float64, of a model whose splines have a first knot among the distances."""
+    changes = {**GUARD, "core": WIDE_CORE, "first_knot": 1.4}
+    single, double = [
+        outputs(copy.deepcopy(build(dtype, **changes)).to(device), TRICLINIC, SMALL)
+        for dtype in (torch.float32, torch.float64)]
+    names = ("energy", "forces", "virial")
+    errors = tuple(largest(single[name], double[name])[0] for name in names)
+    sizes = tuple(float(np.abs(double[name]).max()) for name in names)
+    return Row("float32 against float64", errors, TOL["float32"], sizes=sizes)
+
+
 PARTS = {  # rows about Facet's own parts, functions of the device
     "equals reference_numpy.py": ladder_row,
     "gradients for weights, product": partial(weight_row, "product"),
     "gradients for weights, silu": partial(weight_row, "silu"),
     "empty places": empty_row,
+    "float32 against float64": float32_row,
 }
 
 
