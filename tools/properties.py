@@ -242,11 +242,17 @@ def alone_or_in_a_batch(calculator, atoms: Atoms, of="forces"):
 # ─── Slopes and smoothness ───────────────────────────────────────────────────────────────────────
 
 
+def direction(shape, seed: int) -> np.ndarray:
+    """A random direction of unit length in which no component is small."""
+    rng = np.random.default_rng(seed)
+    found = rng.choice([-1, 1], shape) * rng.uniform(0.5, 1.5, shape)
+    return found / np.linalg.norm(found)
+
+
 def force_slope(calculator, atoms: Atoms, seed: int = 0, step: float = 2e-5) -> float:
     """Forces are minus the slope of the energy: along a random direction of all atoms, of unit
     length, by central differences with `step` Å. eV/Å."""
-    push = np.random.default_rng(seed).normal(size=(len(atoms), 3))
-    push /= np.linalg.norm(push)
+    push = direction((len(atoms), 3), seed)
     forces = value(calculator, atoms, "forces")  # [N, 3]
 
     energy = []
@@ -261,8 +267,8 @@ def force_slope(calculator, atoms: Atoms, seed: int = 0, step: float = 2e-5) -> 
 def stress_slope(calculator, atoms: Atoms, seed: int = 0, step: float = 2e-5) -> float:
     """Stress is the slope of the energy over the volume: along a random symmetric strain of unit
     size, by central differences. eV/Å³."""
-    strain = np.random.default_rng(seed).normal(size=(3, 3))
-    strain = strain + strain.T
+    strain = direction((3, 3), seed)
+    strain = np.triu(strain) + np.triu(strain, 1).T
     strain /= np.linalg.norm(strain)
     stress = value(calculator, atoms, "stress")  # [3, 3]
 
