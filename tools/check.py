@@ -30,6 +30,7 @@ from tools.options import check_device
 from tools.potentials import CannotBegin, Watched, given_calculators, in_short, structures
 from tools.properties import (
     ALL,
+    Fault,
     NotApplicable,
     NothingToSee,
     alone_or_in_a_batch,
@@ -329,7 +330,7 @@ class Row(NamedTuple):
         return self.verdict in (WRONG, BROKE)
 
 
-def slope(calculator, atoms: Atoms, of, steps=(2e-5, 1e-3), step_of_energy=1e-6) -> list[float]:
+def slope(calculator, atoms: Atoms, of, steps=(2e-5, 1e-3), step_of_energy=1e-4) -> list[float]:
     """force_slope and stress_slope, as `of` says: the better of two steps of the differences, for
     the shorter one sees noise. If the longer one finds a step of the energy (eV), its error."""
     functions = {"forces": (force_slope, 1), "stress": (stress_slope, abs(atoms.cell.volume))}
@@ -396,7 +397,7 @@ NOISY = 10  # a limit must be this many times the noise
 def measured(calculator, atoms: Atoms, parts) -> dict[str, float]:
     """The largest energy per atom, force, stress that a calculator gives of a crystal, by name.
 
-    Raises ArithmeticError for what is no number.
+    Raises Fault for what is no number.
     """
     sizes = {}
     for of in dict.fromkeys((*parts, "forces")):
@@ -409,7 +410,7 @@ def measured(calculator, atoms: Atoms, parts) -> dict[str, float]:
                 raise
             continue
         if not np.isfinite(values).all():
-            raise ArithmeticError(f"{of}: nan or infinite")
+            raise Fault(f"{of}: nan or infinite")
         sizes[of] = float(np.abs(values).max())
     return sizes
 
@@ -465,14 +466,12 @@ def property_row(name: str, calculator, atoms: Atoms, precision: str = "float64"
         control = sizes.get("forces", max(sizes.values()))
         seen = control > SEEN * max(TOL[tolerance], *noise.values())
         return row if seen or row.wrong else row._replace(told=BLIND)
+    except Fault as reason:
+        return Row(name, note=str(reason), told=WRONG)
     except NothingToSee as reason:
         return Row(name, note=str(reason), told=BLIND)
     except NotApplicable as reason:
         return Row(name, note=str(reason), told=NOT_ASKED)
-    except ArithmeticError as error:
-        if not str(error).endswith("nan or infinite"):
-            return Row(name, note=in_short(error), told=BROKE)
-        return Row(name, note=str(error), told=WRONG)
     except Exception as error:
         return Row(name, note=in_short(error), told=BROKE)
 
@@ -493,6 +492,12 @@ def guard_calculator(device: str = "cpu") -> facet.FacetCalculator:
     return facet.FacetCalculator(build(**GUARD), device, torch.float64)
 
 
+def sizes_of(model, *crystals: Atoms) -> tuple:
+    """The largest energy (eV), force (eV/Å) and virial (eV) of some crystals."""
+    out = outputs(model, *crystals)
+    return tuple(float(np.abs(out[name]).max()) for name in ("energy", "forces", "virial"))
+
+
 def ladder_row(device: str) -> Row:
     name = "equals reference_numpy.py"
     model = copy.deepcopy(build(**{**GUARD, "core": WIDE_CORE})).to(device)
@@ -504,19 +509,22 @@ def ladder_row(device: str) -> Row:
     broken = [stage for stage, error in steps.items() if not error <= TOL["rounding"]]
     note = f"breaks at {broken[0]}" if broken else f"{len(steps)} stages"
     errors = (float(np.max([*steps.values()])), None, None)  # nan stays nan
-    return Row(name, errors, TOL["rounding"], note)
+    return Row(name, errors, TOL["rounding"], note, sizes_of(model, SMALL))
 
 
 def weight_row(activation: str, device: str) -> Row:
     model = copy.deepcopy(build(activation=activation, core=WIDE_CORE)).to(device)
     batch = batch_of(model, TRICLINIC, SMALL)
     errors = tuple(weight_slope(model, batch, of) for of in ("energy", "forces", "virial"))
-    return Row(f"gradients for weights, {activation}", errors, TOL["slope"])
+    return Row(f"gradients for weights, {activation}", errors, TOL["slope"],
+               sizes=sizes_of(model, TRICLINIC, SMALL))
 
 
 def empty_row(device: str) -> Row:
-    error = empty_places(copy.deepcopy(build(**GUARD)).to(device), TRICLINIC)
-    return Row("empty places", (None, error, None), TOL["rounding"])
+    model = copy.deepcopy(build(**GUARD)).to(device)
+    error = empty_places(model, TRICLINIC)
+    return Row("empty places", (None, error, None), TOL["rounding"],
+               sizes=sizes_of(model, TRICLINIC))
 
 
 def float32_row(device: str) -> Row:
@@ -525,9 +533,9 @@ def float32_row(device: str) -> Row:
     single, double = [
         outputs(copy.deepcopy(build(dtype, **changes)).to(device), TRICLINIC, SMALL)
         for dtype in (torch.float32, torch.float64)]
-    names = ("energy", "forces", "virial")
-    errors = tuple(largest(single[name], double[name])[0] for name in names)
-    sizes = tuple(float(np.abs(double[name]).max()) for name in names)
+    errors = tuple(
+        largest(single[name], double[name])[0] for name in ("energy", "forces", "virial"))
+    sizes = sizes_of(build(**changes), TRICLINIC, SMALL)
     return Row("float32 against float64", errors, TOL["float32"], sizes=sizes)
 
 
@@ -717,6 +725,8 @@ def main(program: str = "python -m tools.check") -> int:
 
     try:
         if not arguments.calculator:
+            if arguments.atoms or arguments.species or arguments.all:
+                raise CannotBegin("--atoms, --species and --all go with --calculator")
             return check_facet(arguments.device or "cpu", arguments.rows)
         if arguments.device and not arguments.calculator[0].endswith(".pt"):
             raise CannotBegin("--device is for Facet; other calculators take theirs as key=value")
