@@ -501,6 +501,18 @@ class Pairs:
         return np.array([np.bincount(i, pulls[:, x], len(atoms)) for x in range(3)]).T
 
 
+class OfItsAtoms(Pairs):
+    """Learns of the atoms when it is attached to them, and takes large cells only."""
+
+    def set_atoms(self, atoms):
+        assert atoms.cell.lengths().min() > 5
+        self.atoms = atoms.copy()
+
+    def get_potential_energy(self, atoms):
+        assert self.atoms == atoms
+        return super().get_potential_energy(atoms)
+
+
 def power(k: float, n: int, reach: float = 4.0) -> Pairs:
     """φ = k (reach − r)ⁿ: a step of the force for n = 1, steep for large k and n = 2."""
     return Pairs(lambda r: k * (reach - r) ** n, lambda r: -n * k * (reach - r) ** (n - 1), reach)
@@ -616,7 +628,7 @@ class Curled(facet.FacetCalculator):
 def test_untrained_facet_conserves_energy_and_one_with_other_forces_does_not(
         species, seed, scale, kind, right):
     """Whatever the size of its forces: the steps follow it."""
-    crystal, = candidates(species.split())["crystal"]
+    crystal = candidates(species.split())["crystal"][0]
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         config = facet.Config(species.split(), channels=16, energy_scale=scale)
@@ -696,6 +708,10 @@ def plain(k=0.02):
                               "rotation,slope", "--species", "Cu", "--dtype", "float64")
         assert code == 0 and "all is right" in text and " calls, " in text, text
     assert maker("ase.calculators.emt:EMT") is EMT
+    monkeypatch.setattr("tests.test_check.power", lambda k: OfItsAtoms(np.square, np.negative, k))
+    code, text = run_main(monkeypatch, capsys, "--calculator", "tests.test_check:power", "k=3.0",
+                          "--rows", "rotation,permutation", "--species", "Cu")
+    assert code == 0 and "Cu32" in text, text
 
 
 def test_default_table_asks_for_few_calculations_and_tells_how_far_it_is(monkeypatch, capsys):

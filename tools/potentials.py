@@ -59,7 +59,7 @@ class Watched:
         self.kept.clear()
 
     def ask(self, name: str, atoms: Atoms) -> np.ndarray:
-        """What the calculator's get_<name> returns for a structure."""
+        """What get_<name> of atoms with this calculator returns."""
         numbers = (atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc)
         structure = b"".join(np.ascontiguousarray(array).tobytes() for array in numbers)
 
@@ -73,10 +73,11 @@ class Watched:
 
         results = self.kept[structure]
         if name not in results:
-            function = getattr(self.calculator, f"get_{name}", None)
-            if function is None:
+            if not hasattr(self.calculator, f"get_{name}"):
                 raise PropertyNotImplementedError(f"the calculator has no {name}")
-            results[name] = np.array(function(atoms), float)
+            own = atoms.copy()
+            own.calc = self.calculator  # some calculators learn of the atoms here
+            results[name] = np.array(getattr(own, f"get_{name}")(), float)
         return results[name].copy()
 
     def tell(self) -> None:
@@ -240,7 +241,9 @@ def candidates(species: list[str]) -> dict[str, list[Atoms]]:
             if {*elements} <= ORGANIC and elements != ["C"] and kind != "covalent":
                 molecules = [shaken(atoms) for atoms in molecules_of({*elements})]
             if not molecules:
-                found.setdefault(kind, []).append(crystal_of(elements))
+                crystal = crystal_of(elements)
+                larger = [crystal * (2, 2, 2)] if species else []  # for those that need many atoms
+                found.setdefault(kind, []).extend([crystal, *larger])
             if "box" not in kind:
                 found.setdefault("molecule", []).extend(molecules)
             if kind != "molecule":

@@ -25,7 +25,7 @@ import facet
 ALL = ("energy", "forces", "stress")
 NO_METALS = {*"HBCNOFPSI", "Si", "Cl", "Ge", "As", "Se", "Br", "Sb", "Te"}
 NOBLE = ("He", "Ne", "Ar", "Kr", "Xe", "Rn")
-STRANGERS = ("Al", "Cu", "O", "H")  # tried beside a crystal of one element
+STRANGERS = ("Au", "Cu", "Al", "O", "H")  # tried beside a crystal of one element
 GENERIC, IMPROPER = Rotation.from_rotvec([[0.4, -1.1, 0.7], [-1.3, 0.2, 0.9]]).as_matrix()
 IMPROPER = -IMPROPER  # a rotation after an inversion: a mirror image, turned
 
@@ -402,37 +402,45 @@ def isolated_atom(calculator, atoms: Atoms, expected: dict | None = None, of="en
     return as_asked(worst, of)
 
 
+def cluster_of(symbol: str) -> np.ndarray:
+    """Places of some atoms of one element: eight of a metal, else two. [N, 3] Å"""
+    if symbol not in NO_METALS and symbol not in NOBLE:
+        return random_crystal([symbol]).positions
+    return 2.2 * radius(symbol) * np.array([[0, 0, 0], [0.6, 0, 0.8]])
+
+
 def strangers(calculator, atoms: Atoms, of="energy"):
     """Atoms of one element and one of another, 30 Å away, know nothing of each other: the energy is
-    that of both parts (eV), and forces stay what they are (eV/Å). For the first two
-    elements of the crystal, both ways; a crystal of one gets a second that the calculator takes."""
+    that of both parts (eV), and forces stay what they are (eV/Å). For the first two elements of the
+    crystal, both ways; a crystal of one gets a second that the calculator takes."""
     kinds = [*dict.fromkeys(atoms.symbols)][:2]
-    for symbol in (*STRANGERS, kinds[0]):
+    far = [[30, 3, 2]]
+
+    # The first element alone, before the calculator hears of another
+    places = cluster_of(kinds[0])
+    value(calculator, alone_in_space(atoms, [kinds[0]] * len(places), places), "energy")
+    others = [symbol for symbol in STRANGERS if symbol != kinds[0]]
+    for symbol in (*others, kinds[0]):
         if len(kinds) == 2:
             break
         try:
-            value(calculator, alone_in_space(atoms, [symbol], [[30, 3, 2]]), "energy")
+            value(calculator, alone_in_space(atoms, [symbol], far), "energy")
             kinds.append(symbol)
         except Exception:  # it does not take this element
             continue
 
     worst = dict.fromkeys(parts_of(of), 0.0)
     for one, other in (kinds, kinds[::-1]):
-        # Some of one element (a metal makes clusters), one atom of the other
-        places = 1.1 * (radius(one) + radius(one)) * np.array([[0, 0, 0], [0.6, 0, 0.8]])  # Å
-        if one not in NO_METALS and one not in NOBLE:
-            places = random_crystal([one]).positions
-        far = [[30, 3, 2]]
-        parts = [([one] * len(places), places), ([other], far)]
-        several, single = [alone_in_space(atoms, *part) for part in parts]
-        together = alone_in_space(
-            atoms, [*several.symbols, other], np.concatenate([places, far]))
+        places = cluster_of(one)
+        N = len(places)
+        several = alone_in_space(atoms, [one] * N, places)
+        single = alone_in_space(atoms, [other], far)
+        together = alone_in_space(atoms, [one] * N + [other], np.concatenate([places, far]))
 
         for name in worst:
             wanted = [value(calculator, part, name) for part in (several, single)]
             found = value(calculator, together, name)
             if name == "energy":
-                N = len(places)
                 error = abs((N + 1) * found - N * wanted[0] - wanted[1]).max()
             else:
                 error = np.abs(found - np.concatenate(wanted)).max()
