@@ -550,6 +550,20 @@ def test_fault_of_a_potential_is_found(calculator, atoms, name):
     assert verdict(EMT(), atoms, name) == OK
 
 
+def test_stranger_is_found_by_a_second_calculator_where_the_first_one_knows_better():
+    """Its reach is that of the elements that it saw first, and stays."""
+    class FirstSeen(Pairs):
+        def get_potential_energy(self, atoms):
+            self.reach = self.reach or 3.0 + 0.02 * atoms.numbers.max()
+            return super().get_potential_energy(atoms)
+
+    def make():
+        return FirstSeen(lambda r: 0.1 * (5 - r), lambda r: 0 * r - 0.1, 0.0)
+    for makes, right in ((make, WRONG), (None, OK)):
+        row = property_row("strangers 30 Å apart", Watched(make(), makes), CU)
+        assert row.verdict == right, line(row)
+
+
 def test_sign_of_the_volume_is_no_fault_of_other_rows():
     for name in ("rotation", "permutation", "slope of the energy"):
         assert verdict(SignOfTheVolume(), CUAL, name) == OK

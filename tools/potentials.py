@@ -8,7 +8,7 @@ import ast
 import importlib
 import importlib.util
 import sys
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from time import monotonic
 
@@ -46,8 +46,9 @@ class Watched:
     It has what Atoms asks a calculator for, and `model`, which is that of a FacetCalculator.
     """
 
-    def __init__(self, calculator):
+    def __init__(self, calculator, make=None):
         self.calculator = calculator
+        self.make = make  # makes another one
         self.model = getattr(calculator, "model", None)
         self.kept = {}  # results by structure
         self.calls = 0
@@ -57,6 +58,12 @@ class Watched:
     def forget(self) -> None:
         """The next structure is calculated, even if it was before."""
         self.kept.clear()
+
+    def renew(self) -> None:
+        """Go on with a new calculator, which has seen nothing yet, if one can be made."""
+        if self.make:
+            self.calculator = self.make()
+            self.forget()
 
     def ask(self, name: str, atoms: Atoms) -> np.ndarray:
         """What get_<name> of atoms with this calculator returns."""
@@ -151,14 +158,15 @@ def given_calculators(words: list[str], dtype: str, device: str) -> list[tuple]:
         raise CannotBegin(f"{spec} is neither a .pt file nor module:callable, such as "
                           "ase.calculators.emt:EMT, nor path/to/file.py:function")
     try:
-        calculator = maker(spec)(**keywords)
+        make = partial(maker(spec), **keywords)
+        calculator = make()
     except Exception as error:
         raise CannotBegin(f"{spec} cannot be made: {in_short(error)}") from None
     for method in ("get_potential_energy", "get_forces"):
         if not callable(getattr(calculator, method, None)):
             raise CannotBegin(f"{spec} makes no ASE calculator: what it makes has no {method}")
     precision = dtype or "float32"
-    return [(f"{spec}, limits of {precision}", Watched(calculator), precision)]
+    return [(f"{spec}, limits of {precision}", Watched(calculator, make), precision)]
 
 
 # ─── Crystals that suit ──────────────────────────────────────────────────────────────────────────

@@ -415,35 +415,40 @@ def strangers(calculator, atoms: Atoms, of="energy"):
     crystal, both ways; a crystal of one gets a second that the calculator takes."""
     kinds = [*dict.fromkeys(atoms.symbols)][:2]
     far = [[30, 3, 2]]
+    parts = parts_of(of)
 
-    # The first element alone, before the calculator hears of another
+    def what_it_says(symbols, places) -> dict:
+        several = alone_in_space(atoms, symbols, places)
+        return {name: value(calculator, several, name) for name in parts}
+
+    # The first element alone, and then by a calculator that has not seen it first
     places = cluster_of(kinds[0])
-    value(calculator, alone_in_space(atoms, [kinds[0]] * len(places), places), "energy")
+    before = what_it_says([kinds[0]] * len(places), places)
+    getattr(calculator, "renew", lambda: None)()
     others = [symbol for symbol in STRANGERS if symbol != kinds[0]]
     for symbol in (*others, kinds[0]):
         if len(kinds) == 2:
             break
         try:
-            value(calculator, alone_in_space(atoms, [symbol], far), "energy")
+            what_it_says([kinds[0]] * len(places) + [symbol], np.concatenate([places, far]))
             kinds.append(symbol)
         except Exception:  # it does not take this element
             continue
 
-    worst = dict.fromkeys(parts_of(of), 0.0)
+    worst = dict.fromkeys(parts, 0.0)
     for one, other in (kinds, kinds[::-1]):
         places = cluster_of(one)
         N = len(places)
-        several = alone_in_space(atoms, [one] * N, places)
-        single = alone_in_space(atoms, [other], far)
-        together = alone_in_space(atoms, [one] * N + [other], np.concatenate([places, far]))
+        together = what_it_says([one] * N + [other], np.concatenate([places, far]))
+        several = before if one == kinds[0] else what_it_says([one] * N, places)
+        single = what_it_says([other], far)
 
-        for name in worst:
-            wanted = [value(calculator, part, name) for part in (several, single)]
-            found = value(calculator, together, name)
+        for name in parts:
             if name == "energy":
-                error = abs((N + 1) * found - N * wanted[0] - wanted[1]).max()
+                error = abs((N + 1) * together[name] - N * several[name] - single[name]).max()
             else:
-                error = np.abs(found - np.concatenate(wanted)).max()
+                wanted = np.concatenate([several[name], single[name]])
+                error = np.abs(together[name] - wanted).max()
             worst[name] = np.maximum(worst[name], error)  # nan stays nan
     return as_asked(worst, of)
 
