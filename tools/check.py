@@ -379,8 +379,8 @@ PROPERTIES = {  # name: (function, what it is measured in, tolerance)
     "slope of the energy": (slope, ("forces", "stress"), "slope"),
     "jump at the cutoff": (cutoff_continuity, ("energy", "forces"), "cutoff"),
     "isolated atom": (isolated_atom, ALL, "rounding"),
-    "strangers 30 Å apart": (strangers, ("energy", "forces"), "rounding"),
     "conservation, part of kinetic": (short_dynamics, ("energy",), "drift"),
+    "strangers 30 Å apart": (strangers, ("energy", "forces"), "rounding"),
 }
 FLOAT32 = {  # tolerance in float64: (in float32, what the function must know of it)
     "rounding": ("float32", {}),
