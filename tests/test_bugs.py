@@ -244,6 +244,12 @@ def wrong_second_derivative(right, *arguments):
     return A, phi, Y, -h, *rest
 
 
+@planted("NeighbourGrad.backward", "third derivatives")
+def second_derivative_cut_from_the_graph(right, *arguments):
+    """Training does not notice: it takes no further derivative."""
+    return tuple(None if slope is None else slope.detach() for slope in right(*arguments))
+
+
 @planted("Facet.forward", "gradients for weights, product")
 def last_force_teaches_nothing(right, self, *arguments, **keywords):
     out = right(self, *arguments, **keywords)

@@ -539,11 +539,54 @@ def float32_row(device: str) -> Row:
     return Row("float32 against float64", errors, TOL["float32"], sizes=sizes)
 
 
+def third_derivative_errors(model, batch, seed: int = 0, step: float = 1e-6) -> dict[str, tuple]:
+    """Third derivatives of the energy by autograd, against differences of second ones: error,
+    relative to the size, and size.
+
+    "places": by displacements c and d of the atoms and by each r_ij; "weights": by c, d and each
+    weight, which is what training on Hessians needs.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    moves = torch.randn(2, len(batch.species), 3, dtype=torch.float64, generator=generator)
+    moves = moves.to(batch.vectors)  # [2, N, 3]
+    c, d = moves[:, batch.src] - moves[:, :, None]  # [2, N, K, 3], of x_j − x_i
+    weights = list(model.parameters())
+
+    def slopes(vectors, along) -> tuple:
+        """Of the energy's derivative along some moves: by r_ij [N, K, 3], by weights."""
+        vectors = vectors.detach().requires_grad_()
+        total = model.atomic_outputs(batch._replace(vectors=vectors))["energies"].sum()
+        for move in along:
+            gradient, = torch.autograd.grad(total, vectors, create_graph=True)
+            total = (gradient * move).sum()
+        by_place, *by_weight = torch.autograd.grad(total, [vectors, *weights], allow_unused=True)
+        by_weight = [as_numpy(g).ravel() for g in by_weight if g is not None]
+        return as_numpy(by_place), np.concatenate(by_weight)
+
+    got = slopes(batch.vectors, (c, d))
+    ahead, behind = [slopes(batch.vectors + sign * step * d, (c,)) for sign in (1, -1)]
+    errors = {}
+    for n, name in enumerate(("places", "weights")):
+        want = (ahead[n] - behind[n]) / (2 * step)
+        errors[name] = largest(got[n], want)[0], float(np.abs(want).max())
+    return errors
+
+
+def third_row(device: str) -> Row:
+    """The cores end at no distance of the crystal, where a third derivative jumps."""
+    model = copy.deepcopy(build(core=(1.32, 1.21, 1.12))).to(device)
+    errors = third_derivative_errors(model, batch_of(model, TRICLINIC, SMALL))
+    worst, sizes = zip(*errors.values(), strict=True)
+    return Row("third derivatives", (None, max(worst), None), TOL["slope"], sizes=(
+        None, min(sizes), None))
+
+
 PARTS = {  # rows about Facet's own parts, functions of the device
     "equals reference_numpy.py": ladder_row,
     "gradients for weights, product": partial(weight_row, "product"),
     "gradients for weights, silu": partial(weight_row, "silu"),
     "empty places": empty_row,
+    "third derivatives": third_row,
     "float32 against float64": float32_row,
 }
 
