@@ -544,7 +544,7 @@ def third_derivative_errors(model, batch, seed: int = 0, step: float = 1e-6) -> 
     relative to the size, and size.
 
     "places": by displacements c and d of the atoms and by each r_ij; "weights": by c, d and each
-    weight, which is what training on Hessians needs.
+    weight, which is what training on Hessians needs. Raises ValueError for an energy of nan.
     """
     generator = torch.Generator().manual_seed(seed)
     moves = torch.randn(2, len(batch.species), 3, dtype=torch.float64, generator=generator)
@@ -556,6 +556,8 @@ def third_derivative_errors(model, batch, seed: int = 0, step: float = 1e-6) -> 
         """Of the energy's derivative along some moves: by r_ij [N, K, 3], by weights."""
         vectors = vectors.detach().requires_grad_()
         total = model.atomic_outputs(batch._replace(vectors=vectors))["energies"].sum()
+        if not total.isfinite():
+            raise ValueError("the energy is no number")
         for move in along:
             gradient, = torch.autograd.grad(total, vectors, create_graph=True)
             total = (gradient * move).sum()
