@@ -382,6 +382,8 @@ PROPERTIES = {  # name: (function, what it is measured in, tolerance)
     "conservation, part of kinetic": (short_dynamics, ("energy",), "drift"),
     "strangers 30 Å apart": (strangers, ("energy", "forces"), "rounding"),
 }
+# Images see each other where atoms see far, and pairs cross a hard cutoff as the cell is strained
+FAR = ("isolated atom", "strangers 30 Å apart", "slope of the energy")
 FLOAT32 = {  # tolerance in float64: (in float32, what the function must know of it)
     "rounding": ("float32", {}),
     "self-consistent": ("self-consistent", {}),
@@ -441,10 +443,10 @@ def property_row(name: str, calculator, atoms: Atoms, precision: str = "float64"
             tolerance = "silu"
         if model and tolerance == "self-consistent":  # it solves no equations
             tolerance = "rounding" if precision == "float64" else "float32"
-        if name in ("isolated atom", "strangers 30 Å apart") and not model:
+        if name in FAR and not model:
             rounding = 1e-6 if precision == "float32" else 1e-11  # eV per atom
             if far_sight(calculator, atoms) > rounding + NOISY * noise["energy"]:
-                tolerance = "far"
+                tolerance = max(tolerance, "far", key=TOL.get)
                 note = "atoms see each other beyond 27 Å"
         size = 1.0 if tolerance == "drift" else max(1.0, sizes.get("forces", 0.0))
         limit = TOL[tolerance] * size
