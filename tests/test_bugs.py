@@ -8,12 +8,14 @@ that looks right. It takes the right function and its arguments.
 """
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from ase.data import covalent_radii
 
 import facet
 from tools.check import PARTS, PROPERTIES, Row, build, guard, guard_row, line
@@ -242,6 +244,12 @@ def wrong_second_derivative(right, *arguments):
     return A, phi, Y, -h, *rest
 
 
+@planted("NeighbourGrad.backward", "third derivatives")
+def second_derivative_cut_from_the_graph(right, *arguments):
+    """Training does not notice: it takes no further derivative."""
+    return tuple(None if slope is None else slope.detach() for slope in right(*arguments))
+
+
 @planted("Facet.forward", "gradients for weights, product")
 def last_force_teaches_nothing(right, self, *arguments, **keywords):
     out = right(self, *arguments, **keywords)
@@ -252,6 +260,38 @@ def last_force_teaches_nothing(right, self, *arguments, **keywords):
 @planted("chunks", "supercell")
 def last_atom_of_a_chunk_lost(right, *arguments):
     return [slice(atoms.start, atoms.stop - 1) for atoms in right(*arguments)]
+
+
+@planted("neighbour_list", "axis that does not repeat")
+def every_axis_repeats(right, positions, cell, pbc, cutoff):
+    return right(positions, cell, pbc | (np.linalg.det(cell) != 0), cutoff)
+
+
+@planted("neighbour_list", "axis that does not repeat")
+def no_axis_repeats(right, positions, cell, pbc, cutoff):
+    return right(positions, cell, np.zeros(3, bool), cutoff)
+
+
+@planted("find_neighbours", "strangers 30 Å apart")
+def sight_of_the_largest_atom(right, atoms, config):
+    """Two radii of the largest atom that is present."""
+    sight = 2 * covalent_radii[atoms.numbers].max()  # Å
+    return right(atoms, replace(config, cutoff=min(sight, config.cutoff)))
+
+
+VOLUMES = [1.0]
+
+
+@planted("find_neighbours", "before and after another")
+def volume_of_the_crystal_before(right, atoms, config):
+    crystal = right(atoms, config)
+    VOLUMES.append(crystal.volume)
+    return crystal._replace(volume=VOLUMES[-2])
+
+
+@planted("RadialSplines.basis", "float32 against float64")
+def distances_of_three_digits(right, self, r):
+    return right(self, r if r.dtype == torch.float64 else r.bfloat16().to(r.dtype))
 
 
 def count_bugs() -> int:

@@ -10,13 +10,12 @@ tools/properties.py. Neither file needs pytest or hypothesis.
 from __future__ import annotations
 
 import argparse
-import ast
 import copy
-import importlib
 import sys
 from dataclasses import asdict, replace
 from functools import cache, partial
 from math import isqrt
+from time import monotonic
 from timeit import repeat
 from typing import NamedTuple
 
@@ -27,25 +26,32 @@ from ase.calculators.calculator import PropertyNotImplementedError
 
 import facet
 import reference_numpy
-from tools.files import read_atoms
 from tools.options import check_device
+from tools.potentials import CannotBegin, Watched, given_calculators, in_short, structures
 from tools.properties import (
     ALL,
+    Fault,
     NotApplicable,
+    NothingToSee,
     alone_or_in_a_batch,
     conservation_error,
     cutoff_continuity,
+    facet_of,
+    far_sight,
     folding,
     force_slope,
+    history,
     isolated_atom,
+    open_axis,
     other_cell,
     permutation,
     random_alloy,
-    random_crystal,
     reflection,
     rotation,
+    strangers,
     stress_slope,
     supercell,
+    time_step,
     translation,
     value,
 )
@@ -59,6 +65,8 @@ TOL = {  # largest allowed error, in units of the largest wanted value (of 1, if
     "silu grid": 1e-8,       # SiLU is no polynomial: what the largest rule leaves, three layers
     "silu": 0.05,            # and what the default rule leaves
     "drift": 0.02,           # total energy in a short NVE, over the kinetic energy at the start
+    "self-consistent": 1e-4, # what iterations that start where the last crystal ended may leave
+    "far": 1e-4,             # the same where atoms see each other beyond 27 Å: images do, too
     "float32 formula": 1e-6, # one formula against another in float32
     "float32": 1e-4,         # 7 digits; layers and sums over neighbours cost one or two of them
     "float32 slope": 2e-2,   # a step of 0.01 Å, so that seven digits of energy make a slope
@@ -294,101 +302,187 @@ def moments(model, atoms: Atoms) -> list[str]:
 # ─── Rows of the table ───────────────────────────────────────────────────────────────────────────
 
 
+NOTHING = (None, None, None)
+WRONG, BROKE, OK = "WRONG", "BROKE", "ok"
+BLIND, NOT_ASKED = "nothing to see", "not asked"
+
+
 class Row(NamedTuple):
     """A line of the table. An error is None where there is nothing to measure."""
 
     name: str
-    errors: tuple  # of energy eV/atom, forces eV/Å, stress eV/Å³
-    limit: float   # what they should be below
+    errors: tuple = NOTHING  # of energy eV/atom, forces eV/Å, stress eV/Å³
+    limit: float = 0.0       # what they should be below
     note: str = ""
+    sizes: tuple = NOTHING   # the largest energy, force, stress of the crystal: the control
+    told: str = ""           # the verdict where errors do not make it
+
+    @property
+    def verdict(self) -> str:
+        """One of the five above."""
+        for error in self.errors:
+            if error is not None and not error <= self.limit:  # nan is wrong, too
+                return WRONG
+        return self.told or OK
 
     @property
     def wrong(self) -> bool:
-        for error in self.errors:
-            if error is not None and not error <= self.limit:  # nan is wrong, too
-                return True
-        return self.limit < 0  # an exception where none belongs
+        return self.verdict in (WRONG, BROKE)
 
 
-def slope(calculator, atoms: Atoms, of, step: float = 2e-5) -> list[float]:
-    """force_slope and stress_slope, as `of` says."""
-    functions = {"forces": force_slope, "stress": stress_slope}
-    return [functions[name](calculator, atoms, step=step) for name in of]
+def slope(calculator, atoms: Atoms, of, steps=(2e-5, 1e-3), step_of_energy=1e-4) -> list[float]:
+    """force_slope and stress_slope, as `of` says: the better of two steps of the differences, for
+    the shorter one sees noise. If the longer one finds a step of the energy (eV), its error."""
+    functions = {"forces": (force_slope, 1), "stress": (stress_slope, abs(atoms.cell.volume))}
+    errors = []
+    for name in of:
+        function, volume = functions[name]
+        short, long = [function(calculator, atoms, step=step) for step in steps]
+        jumps = not long * volume * 2 * steps[1] <= step_of_energy  # nan, too
+        if jumps and function(calculator, atoms, step=steps[1] / 2) < long / 2:
+            jumps = False
+        errors.append(long if jumps else min(short, long))
+    return errors
 
 
 def short_dynamics(calculator, atoms: Atoms, of) -> list[float]:
-    """25 fs, in shorter steps if the atoms are too fast: forces that are no slopes do not mind."""
-    for steps in (50, 100, 200):
-        error = conservation_error(calculator, atoms, steps=steps, femtoseconds=25 / steps)
-        if not error >= TOL["drift"]:  # shorter steps do not mend nan
+    """24 steps; if the energy is not kept, the same time in steps half as long, and again. An error
+    that falls by four each time is that of the steps, and what would remain is the row's."""
+    step = time_step(calculator, atoms)
+    remains, last = np.inf, None
+    for n in (1, 2, 4):
+        error = conservation_error(calculator, atoms, steps=24 * n, femtoseconds=step / n)
+        remains = error if last is None else min(error, abs(4 * error - last) / 3)
+        if not remains > TOL["drift"]:  # shorter steps do not mend nan
             break
-    return [error]
+        last = error
+    return [remains]
 
 
+def three_other_cells(calculator, atoms: Atoms, of):
+    """The largest error of other_cell in three descriptions of the lattice."""
+    return np.max([other_cell(calculator, atoms, seed, of) for seed in range(3)], 0)
+
+
+HISTORY = "before and after another"
 PROPERTIES = {  # name: (function, what it is measured in, tolerance)
     "rotation": (rotation, ALL, "rounding"),
     "reflection": (reflection, ALL, "rounding"),
     "translation": (translation, ALL, "rounding"),
     "permutation": (permutation, ALL, "rounding"),
-    "another cell of the lattice": (other_cell, ALL, "rounding"),
+    "another cell of the lattice": (three_other_cells, ALL, "rounding"),
     "supercell": (supercell, ALL, "rounding"),
     "atoms folded or not": (folding, ALL, "rounding"),
+    "axis that does not repeat": (open_axis, ("energy", "forces"), "rounding"),
+    HISTORY: (history, ALL, "self-consistent"),
     "alone or in a batch": (alone_or_in_a_batch, ALL, "rounding"),
     "slope of the energy": (slope, ("forces", "stress"), "slope"),
     "jump at the cutoff": (cutoff_continuity, ("energy", "forces"), "cutoff"),
     "isolated atom": (isolated_atom, ALL, "rounding"),
     "conservation, part of kinetic": (short_dynamics, ("energy",), "drift"),
+    "strangers 30 Å apart": (strangers, ("energy", "forces"), "rounding"),
 }
+# Images see each other where atoms see far, and pairs cross a hard cutoff as the cell is strained
+FAR = ("isolated atom", "strangers 30 Å apart", "slope of the energy")
 FLOAT32 = {  # tolerance in float64: (in float32, what the function must know of it)
     "rounding": ("float32", {}),
-    "slope": ("float32 slope", {"step": 0.01}),
+    "self-consistent": ("self-consistent", {}),
+    "slope": ("float32 slope", {"steps": (0.003, 0.01), "step_of_energy": 1e-3}),
     "cutoff": ("float32 cutoff", {"noise": 1e-5}),
     "drift": ("drift", {}),
 }
-NOTHING = (None, None, None)
+QUIET = dict.fromkeys(ALL, 0.0)
+SEEN = 3  # a control must be this many times the limit
+NOISY = 10  # a limit must be this many times the noise
 
 
-def property_row(name: str, calculator, atoms: Atoms, precision: str = "float64") -> Row:
-    """One line of the table. What a calculator cannot do is noted; Facet has to do everything."""
-    # What is allowed
+def measured(calculator, atoms: Atoms, parts) -> dict[str, float]:
+    """The largest energy per atom, force, stress that a calculator gives of a crystal, by name.
+
+    Raises Fault for what is no number.
+    """
+    sizes = {}
+    for of in dict.fromkeys((*parts, "forces")):
+        if of == "stress" and atoms.cell.rank < 3:
+            continue
+        try:
+            values = value(calculator, atoms, of)
+        except (PropertyNotImplementedError, NotImplementedError):
+            if facet_of(calculator):  # which has to do everything
+                raise
+            continue
+        if not np.isfinite(values).all():
+            raise Fault(f"{of}: nan or infinite")
+        sizes[of] = float(np.abs(values).max())
+    return sizes
+
+
+def property_row(name: str, calculator, atoms: Atoms, precision: str = "float64",
+                 noise: dict = QUIET) -> Row:
+    """One line of the table. noise: what the calculator's results are uncertain by, from `history`;
+    it widens the limits."""
     function, parts, tolerance = PROPERTIES[name]
     more = {}
     if precision == "float32":
         tolerance, more = FLOAT32[tolerance]
-    ours = isinstance(calculator, facet.FacetCalculator)
-    if ours and calculator.model.config.activation == "silu" and name in ("rotation", "reflection"):
-        tolerance = "silu"
-
+    calculator = calculator if isinstance(calculator, Watched) else Watched(calculator)
+    calculator.doing = name
+    sizes = {}
     try:
-        # What the calculator gives of what the property is about; forces set the scale
-        given = {}
-        for of in {**dict.fromkeys(parts), "forces": None}:
-            try:
-                if of != "stress" or atoms.cell.rank == 3:
-                    given[of] = value(calculator, atoms, of)
-            except (PropertyNotImplementedError, NotImplementedError):
-                if ours:
-                    raise
-        for of, values in given.items():
-            if not np.isfinite(values).all():
-                return Row(name, NOTHING, -1.0, f"{of}: nan or infinite")
-        measured = [of for of in parts if of in given]
+        # How large is what is compared?
+        sizes = measured(calculator, atoms, parts)
+        asked = [of for of in parts if of in sizes]
+        shown = tuple(sizes.get(of) if of in parts else None for of in ALL)
+        if not asked:
+            return Row(name, note="the calculator has none of it", told=NOT_ASKED)
 
-        size = 1.0
-        if tolerance != "drift" and "forces" in given:
-            size = max(1.0, float(np.abs(given["forces"]).max()))
-        found = function(calculator, atoms, of=measured, **more) if measured else []
-        errors = dict(zip(measured, map(float, found), strict=True))
-        return Row(name, tuple(errors.get(of) for of in ALL), TOL[tolerance] * size)
+        # What is allowed; forces set the scale
+        model = facet_of(calculator)
+        note = ""
+        if model and model.config.activation == "silu" and name in ("rotation", "reflection"):
+            tolerance = "silu"
+        if model and tolerance == "self-consistent":  # it solves no equations
+            tolerance = "rounding" if precision == "float64" else "float32"
+        if name in FAR and not model:
+            rounding = 1e-6 if precision == "float32" else 1e-11  # eV per atom
+            if far_sight(calculator, atoms) > rounding + NOISY * noise["energy"]:
+                tolerance = max(tolerance, "far", key=TOL.get)
+                note = "atoms see each other beyond 27 Å"
+        size = 1.0 if tolerance == "drift" else max(1.0, sizes.get("forces", 0.0))
+        limit = TOL[tolerance] * size
+        if tolerance not in ("self-consistent", "drift"):
+            limit = max(limit, NOISY * max(noise.values()))
+        if name == "slope of the energy":
+            steps = more.get("steps", (2e-5, 1e-3))
+            limit = max(limit, NOISY * noise["energy"] * len(atoms) / steps[1])
+        if name == "jump at the cutoff":
+            more = {"noise": max(more.get("noise", 1e-9), NOISY * noise["energy"]), "small": limit}
+
+        found = function(calculator, atoms, of=asked, **more)
+        errors = dict(zip(asked, map(float, found), strict=True))
+        row = Row(name, tuple(errors.get(of) for of in ALL), limit, note, shown)
+
+        # Could it have failed?
+        if tolerance in ("drift", "self-consistent"):
+            tolerance = "float32" if precision == "float32" else "rounding"
+        control = sizes.get("forces", max(sizes.values()))
+        seen = control > SEEN * max(TOL[tolerance], *noise.values())
+        return row if seen or row.wrong else row._replace(told=BLIND)
+    except Fault as reason:
+        return Row(name, note=str(reason), told=WRONG)
+    except NothingToSee as reason:
+        return Row(name, note=str(reason), told=BLIND)
     except NotApplicable as reason:
-        return Row(name, NOTHING, 0.0, f"not applicable: {reason}")
+        return Row(name, note=str(reason), told=NOT_ASKED)
     except Exception as error:
-        return Row(name, NOTHING, -1.0 if ours else 0.0, in_short(error))
+        return Row(name, note=in_short(error), told=BROKE)
 
 
-def in_short(error: Exception) -> str:
-    """An exception in one line."""
-    return f"{type(error).__name__}: {error}".split("\n")[0][:90]
+def noise_in(row: Row) -> dict[str, float]:
+    """What the row HISTORY found of each quantity, if self-consistent fields may leave as much."""
+    if row.verdict not in (OK, BLIND):
+        return QUIET
+    return {of: error or 0.0 for of, error in zip(ALL, row.errors, strict=True)}
 
 
 GUARD = {"cutoff": 5.0, "channels": 32, "groups": 8, "splines": 24, "mean_neighbours": 30.0,
@@ -400,6 +494,12 @@ def guard_calculator(device: str = "cpu") -> facet.FacetCalculator:
     return facet.FacetCalculator(build(**GUARD), device, torch.float64)
 
 
+def sizes_of(model, *crystals: Atoms) -> tuple:
+    """The largest energy (eV), force (eV/Å) and virial (eV) of some crystals."""
+    out = outputs(model, *crystals)
+    return tuple(float(np.abs(out[name]).max()) for name in ("energy", "forces", "virial"))
+
+
 def ladder_row(device: str) -> Row:
     name = "equals reference_numpy.py"
     model = copy.deepcopy(build(**{**GUARD, "core": WIDE_CORE})).to(device)
@@ -407,23 +507,82 @@ def ladder_row(device: str) -> Row:
         steps = ladder(model, SMALL)
     except (AssertionError, KeyError, ValueError) as error:
         note = f"that file has another network; change it, too ({in_short(error)})"
-        return Row(name, NOTHING, -1.0, note)
+        return Row(name, note=note, told=BROKE)
     broken = [stage for stage, error in steps.items() if not error <= TOL["rounding"]]
     note = f"breaks at {broken[0]}" if broken else f"{len(steps)} stages"
     errors = (float(np.max([*steps.values()])), None, None)  # nan stays nan
-    return Row(name, errors, TOL["rounding"], note)
+    return Row(name, errors, TOL["rounding"], note, sizes_of(model, SMALL))
 
 
 def weight_row(activation: str, device: str) -> Row:
     model = copy.deepcopy(build(activation=activation, core=WIDE_CORE)).to(device)
     batch = batch_of(model, TRICLINIC, SMALL)
     errors = tuple(weight_slope(model, batch, of) for of in ("energy", "forces", "virial"))
-    return Row(f"gradients for weights, {activation}", errors, TOL["slope"])
+    return Row(f"gradients for weights, {activation}", errors, TOL["slope"],
+               sizes=sizes_of(model, TRICLINIC, SMALL))
 
 
 def empty_row(device: str) -> Row:
-    error = empty_places(copy.deepcopy(build(**GUARD)).to(device), TRICLINIC)
-    return Row("empty places", (None, error, None), TOL["rounding"])
+    model = copy.deepcopy(build(**GUARD)).to(device)
+    error = empty_places(model, TRICLINIC)
+    return Row("empty places", (None, error, None), TOL["rounding"],
+               sizes=sizes_of(model, TRICLINIC))
+
+
+def float32_row(device: str) -> Row:
+    """float32 against float64, of a model whose splines have a first knot among the distances."""
+    changes = {**GUARD, "core": WIDE_CORE, "first_knot": 1.4}
+    single, double = [
+        outputs(copy.deepcopy(build(dtype, **changes)).to(device), TRICLINIC, SMALL)
+        for dtype in (torch.float32, torch.float64)]
+    errors = tuple(
+        largest(single[name], double[name])[0] for name in ("energy", "forces", "virial"))
+    sizes = sizes_of(build(**changes), TRICLINIC, SMALL)
+    return Row("float32 against float64", errors, TOL["float32"], sizes=sizes)
+
+
+def third_derivative_errors(model, batch, seed: int = 0, step: float = 1e-6) -> dict[str, tuple]:
+    """Third derivatives of the energy by autograd, against differences of second ones: error,
+    relative to the size, and size.
+
+    "places": by displacements c and d of the atoms and by each r_ij; "weights": by c, d and each
+    weight, which is what training on Hessians needs. Raises ValueError for an energy of nan.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    moves = torch.randn(2, len(batch.species), 3, dtype=torch.float64, generator=generator)
+    moves = moves.to(batch.vectors)  # [2, N, 3]
+    c, d = moves[:, batch.src] - moves[:, :, None]  # [2, N, K, 3], of x_j − x_i
+    weights = list(model.parameters())
+
+    def slopes(vectors, along) -> tuple:
+        """Of the energy's derivative along some moves: by r_ij [N, K, 3], by weights."""
+        vectors = vectors.detach().requires_grad_()
+        total = model.atomic_outputs(batch._replace(vectors=vectors))["energies"].sum()
+        if not total.isfinite():
+            raise ValueError("the energy is no number")
+        for move in along:
+            gradient, = torch.autograd.grad(total, vectors, create_graph=True)
+            total = (gradient * move).sum()
+        by_place, *by_weight = torch.autograd.grad(total, [vectors, *weights], allow_unused=True)
+        by_weight = [as_numpy(g).ravel() for g in by_weight if g is not None]
+        return as_numpy(by_place), np.concatenate(by_weight)
+
+    got = slopes(batch.vectors, (c, d))
+    ahead, behind = [slopes(batch.vectors + sign * step * d, (c,)) for sign in (1, -1)]
+    errors = {}
+    for n, name in enumerate(("places", "weights")):
+        want = (ahead[n] - behind[n]) / (2 * step)
+        errors[name] = largest(got[n], want)[0], float(np.abs(want).max())
+    return errors
+
+
+def third_row(device: str) -> Row:
+    """The cores end at no distance of the crystal, where a third derivative jumps."""
+    model = copy.deepcopy(build(core=(1.32, 1.21, 1.12))).to(device)
+    errors = third_derivative_errors(model, batch_of(model, TRICLINIC, SMALL))
+    worst, sizes = zip(*errors.values(), strict=True)
+    return Row("third derivatives", (None, max(worst), None), TOL["slope"], sizes=(
+        None, min(sizes), None))
 
 
 PARTS = {  # rows about Facet's own parts, functions of the device
@@ -431,6 +590,8 @@ PARTS = {  # rows about Facet's own parts, functions of the device
     "gradients for weights, product": partial(weight_row, "product"),
     "gradients for weights, silu": partial(weight_row, "silu"),
     "empty places": empty_row,
+    "third derivatives": third_row,
+    "float32 against float64": float32_row,
 }
 
 
@@ -441,7 +602,7 @@ def guard_row(name: str, device: str = "cpu") -> Row:
             return property_row(name, guard_calculator(device), TRICLINIC)
         return PARTS[name](device)
     except Exception as error:
-        return Row(name, NOTHING, -1.0, in_short(error))
+        return Row(name, note=in_short(error), told=BROKE)
 
 
 def guard() -> list[Row]:
@@ -453,40 +614,71 @@ def guard() -> list[Row]:
 # ─── The table and the command line ──────────────────────────────────────────────────────────────
 
 
-HEADER = f"{'property':33}{'energy':>9}{'forces':>9}{'stress':>9}  should be"
+HEADER = f"{'property':33}{'energy/size':16}{'forces/size':16}{'stress/size':16}should be"
 
 
 def line(row: Row) -> str:
     """A row as text."""
     cells = []
-    for error in row.errors:
-        cells.append(f"{'-':>9}" if error is None else f"{error:9.1e}")
+    for error, size in zip(row.errors, row.sizes, strict=True):
+        text = "-" if error is None else f"{error:.1e}"
+        if error is not None and size is not None:
+            text += f"/{size:.2g}"
+        cells.append(f"{text:16}")
     limit = f"below {row.limit:.0e}" if row.limit > 0 else ""
-    verdict = "WRONG" if row.wrong else "ok"
-    if not row.wrong and row.errors == NOTHING:
-        verdict = "-"
-    return f"{row.name:33}{''.join(cells)}  {limit:12}  {verdict:5}  {row.note}".rstrip()
+    return f"{row.name:33}{''.join(cells)}{limit:12} {row.verdict:5}  {row.note}".rstrip()
 
 
-def table(title: str, rows) -> int:
-    """Print rows as they come; returns how many are wrong."""
+def table(title: str, rows) -> list[str]:
+    """Print rows as they come; returns their verdicts."""
     print(title)
     print(HEADER)
-    wrong = 0
+    verdicts = []
     for row in rows:
         print(line(row), flush=True)
-        wrong += row.wrong
-    return wrong
+        verdicts.append(row.verdict)
+    return verdicts
 
 
-def check_facet(device: str) -> int:
-    """`python -m tools.check`: the table for a Facet with random weights, and what it costs."""
+def sentence(verdicts: list[str]) -> tuple[str, int]:
+    """The last line, and the exit code: 0 if every row that was asked is right, and most were."""
+    count = {verdict: verdicts.count(verdict) for verdict in (WRONG, BROKE, BLIND, NOT_ASKED)}
+    words = [f"{count[WRONG]} wrong"] if count[WRONG] else []
+    words += [f"{count[BROKE]} broke"] if count[BROKE] else []
+    words += [f"{count[BLIND]} with nothing to see"] if count[BLIND] else []
+    if not words and 2 * count[NOT_ASKED] > len(verdicts):
+        words = [f"{count[NOT_ASKED]} of {len(verdicts)} not asked: this says little"]
+    return (", ".join(words), 1) if words else ("all is right", 0)
+
+
+def chosen(rows: str, names) -> list[str]:
+    """The names that begin with one of `rows`, which commas separate; all if it is empty.
+
+    Raises CannotBegin for what begins none.
+    """
+    names = [*names]
+    prefixes = [prefix.strip() for prefix in rows.split(",") if prefix.strip()]
+    for prefix in prefixes:
+        if not any(name.startswith(prefix) for name in names):
+            raise CannotBegin(f"no row begins with {prefix!r}; there are: {'; '.join(names)}")
+    return [name for name in names if not prefixes or name.startswith(tuple(prefixes))]
+
+
+def check_facet(device: str, rows: str = "") -> int:
+    """`python -m tools.check`: the table for a Facet with random weights, and what it costs.
+
+    Returns the exit code. With a choice of rows there is nothing but these.
+    """
+    names = chosen(rows, (*PROPERTIES, *PARTS))
     cuda = device.startswith("cuda")
     where = torch.cuda.get_device_name(device) if cuda else device.upper()
     print(f"Facet on {where}, threads: {torch.get_num_threads()}, torch {torch.__version__}")
-    wrong = table("float64, random weights, errors in eV per atom, eV/Å, eV/Å³",
-                  (guard_row(name, device) for name in (*PROPERTIES, *PARTS)))
-    print(f"{wrong} wrong" if wrong else "all is right")
+    verdicts = table("float64, random weights, errors in eV per atom, eV/Å, eV/Å³",
+                     (guard_row(name, device) for name in names))
+    text, code = sentence(verdicts)
+    print(text)
+    if rows:
+        return code
 
     # What is not right or wrong: sizes of signals, parameters, speed.
     with torch.random.fork_rng(devices=[]):
@@ -508,75 +700,36 @@ def check_facet(device: str) -> int:
 
         seconds = repeat(call, number=1, repeat=4)[1:]
         print(f"speed {atoms:4d} atoms, float32: {1000 * np.median(seconds):.1f} ms")
-    return wrong
+    return code
 
 
-def given_calculator(words: list[str], dtype: str, device: str):
-    """The calculators that the words after --calculator name: [(title, calculator, precision)].
+def check_calculator(words: list[str], dtype: str, device: str, files: list[str],
+                     species: list[str], rows: str, every: bool) -> int:
+    """`python -m tools.check --calculator …`: a table for each crystal. Returns the exit code."""
+    names = chosen(rows, PROPERTIES)
+    verdicts = []
+    for title, calculator, precision in given_calculators(words, dtype, device):
+        model = facet_of(calculator)
+        known = species or (list(model.config.species) if model else [])
+        for atoms, how in structures(calculator, files, known, every):
+            # History first, and once: what a calculator remembers it may never forget
+            remembered = property_row(HISTORY, calculator, atoms, precision)
+            noise = noise_in(remembered)
 
-    Raises SystemExit with one sentence if there are none.
-    """
-    # A checkpoint, in each precision
-    spec, *options = words
-    if spec.endswith(".pt"):
-        if options:
-            raise SystemExit(f"error: a checkpoint takes no {options[0]}")
-        found = []
-        for name in [dtype] if dtype else ["float64", "float32"]:
-            try:
-                calculator = facet.FacetCalculator(spec, device, getattr(torch, name))
-            except (OSError, ValueError) as error:
-                raise SystemExit(f"error: {error}") from None
-            found.append((f"{spec}, {name}", calculator, name))
-        return found
+            def row(name, known=(calculator, atoms, precision, noise), remembered=remembered):
+                return remembered if name == HISTORY else property_row(name, *known)
 
-    # Keyword arguments are numbers, True, False, None or text
-    keywords = {}
-    for option in options:
-        key, equals, text = option.partition("=")
-        if not equals:
-            raise SystemExit(f"error: {option} is not key=value")
-        try:
-            keywords[key] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            keywords[key] = text
-
-    # Whatever the callable makes of them
-    module, colon, name = spec.partition(":")
-    if not colon:
-        raise SystemExit(f"error: {spec} is neither a .pt file nor module:callable, such as "
-                         "ase.calculators.emt:EMT")
-    try:
-        calculator = getattr(importlib.import_module(module), name)(**keywords)
-    except Exception as error:
-        raise SystemExit(f"error: {spec} cannot be made: {in_short(error)}") from None
-    if not hasattr(calculator, "get_property"):
-        raise SystemExit(f"error: {spec} makes no ASE calculator")
-    return [(f"{spec}, limits of {dtype or 'float32'}", calculator, dtype or "float32")]
-
-
-def check_calculator(words: list[str], dtype: str, device: str, file: str,
-                     species: list[str]) -> int:
-    """`python -m tools.check --calculator …`; returns how many rows are wrong."""
-    wrong = 0
-    for title, calculator, precision in given_calculator(words, dtype, device):
-        if isinstance(calculator, facet.FacetCalculator):
-            known = species or calculator.model.config.species
-        else:
-            known = species or ("Cu", "Al")
-
-        try:
-            atoms = next(read_atoms(file)) if file else random_crystal(known)
-            value(calculator, atoms, "energy")
-        except Exception as error:
-            where = file or f"a crystal of {' '.join(known)} (try --species or --atoms)"
-            raise SystemExit(f"error: no energy of {where}: {in_short(error)}") from None
-
-        wrong += table(f"{title}, {atoms.symbols}; errors in eV per atom, eV/Å, eV/Å³",
-                       (property_row(name, calculator, atoms, precision) for name in PROPERTIES))
-        print()
-    print(f"{wrong} wrong" if wrong else "all is right")
-    return wrong
+            verdicts += table(
+                f"{title}, {atoms.symbols} ({how}); errors in eV per atom, eV/Å, eV/Å³",
+                map(row, names))
+            if max(noise.values()) > TOL["rounding"]:
+                print(f"noise {max(noise.values()):.0e}: limits are at least ten times that")
+            print()
+        seconds = monotonic() - calculator.start
+        print(f"{calculator.calls} calls, {seconds:.1f} s")
+    text, code = sentence(verdicts)
+    print(text)
+    return code
 
 
 EXAMPLES = """examples:
@@ -584,7 +737,13 @@ EXAMPLES = """examples:
     %(prog)s --device cuda                          is it on a GPU?
     %(prog)s --calculator runs/si/model.pt          a trained model
     %(prog)s --calculator ase.calculators.emt:EMT   any calculator, module:callable
-    %(prog)s --calculator chgnet.model:CHGNetCalculator use_device=cpu --atoms crystal.cif
+    %(prog)s --calculator tblite.ase:TBLite method=GFN2-xTB verbosity=0 --atoms crystal.cif
+    %(prog)s --calculator dftd3.ase:DFTD3 method=PBE damping=d3bj --dtype float64
+    %(prog)s --calculator sevenn.calculator:SevenNetCalculator model=7net-0 device=cpu
+    %(prog)s --calculator chgnet.model:CHGNetCalculator.from_file path=weights.pt
+    %(prog)s --calculator my.py:potential cutoff=5 types="{'Si': 1}"   a function of your own
+
+exit code: 0 all is right; 1 a row is wrong, broke or had nothing to see; 2 it could not begin
 """
 
 
@@ -592,27 +751,37 @@ def main(program: str = "python -m tools.check") -> int:
     """The command line of `program`; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog=program, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Print the properties of Facet, or of any ASE calculator, with their errors.")
+        description="Print the properties of Facet, or of any ASE calculator, with their errors "
+        "and the size of what is compared.")
     parser.add_argument("--calculator", nargs="+", metavar="SPEC", help="a .pt file, or "
-                        "module:callable and key=value for its keyword arguments")
-    parser.add_argument("--atoms", default="", metavar="FILE",
-                        help="file with the crystal; default: a built-in one")
-    parser.add_argument("--species", nargs="+", default=[], help="elements of the built-in crystal")
+                        "module:callable, module:Class.method, path/to/file.py:function; then "
+                        "key=value for its keyword arguments, Python literals or text")
+    parser.add_argument("--atoms", nargs="+", default=[], metavar="FILE", help="files with crystals"
+                        "; of those at rest the atoms are rattled; default: what suits")
+    parser.add_argument("--species", nargs="+", default=[], help="elements of built-in crystals")
     parser.add_argument("--dtype", default="", choices=["float32", "float64"],
                         help="precision to judge by; default: both for a .pt file, else float32")
+    parser.add_argument("--rows", default="", metavar="NAMES",
+                        help="these rows only: beginnings of their names, between commas")
+    parser.add_argument("--all", action="store_true",
+                        help="crystals and molecules of every kind that the calculator takes")
     parser.add_argument("--device", default="", help="where a Facet runs; default: cpu, a trained "
                         "model on cuda if there is one")
     arguments = parser.parse_args()
     check_device(parser, arguments.device or "cpu")
 
-    if arguments.calculator:
+    try:
+        if not arguments.calculator:
+            if arguments.atoms or arguments.species or arguments.all:
+                raise CannotBegin("--atoms, --species and --all go with --calculator")
+            return check_facet(arguments.device or "cpu", arguments.rows)
         if arguments.device and not arguments.calculator[0].endswith(".pt"):
-            parser.error("--device is for Facet; other calculators take theirs as key=value")
-        wrong = check_calculator(arguments.calculator, arguments.dtype, arguments.device,
-                                 arguments.atoms, arguments.species)
-    else:
-        wrong = check_facet(arguments.device or "cpu")
-    return int(wrong > 0)
+            raise CannotBegin("--device is for Facet; other calculators take theirs as key=value")
+        return check_calculator(arguments.calculator, arguments.dtype, arguments.device,
+                                arguments.atoms, arguments.species, arguments.rows, arguments.all)
+    except CannotBegin as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
