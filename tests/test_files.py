@@ -309,6 +309,37 @@ def test_outcar_that_was_stopped_is_noted(tmp_path):
 
 
 @every_reader
+@pytest.mark.parametrize("most, unconverged", [(3, 0), (2, 1), (1, 0)])
+def test_electrons_that_did_not_converge_are_a_warning(most, unconverged, reader, tmp_path):
+    """The second step takes two iterations; where one is all that is asked for, all is well."""
+    step = STEP.format(structure=PLACE.format(name=""))
+    first, energy, last = step.partition("<scstep>")
+    energy += last[:last.index("</scstep>") + len("</scstep>")]
+    text = VASPRUN.format(structure=PLACE.format(name="initialpos"), step="{}")
+    text = text.format(step, first + energy + "\n" + energy + last[last.index("</scstep>") + 9:])
+    text = text.replace("<parameters>", f'<parameters><i type="int" name="NELM">   {most}</i>')
+    (tmp_path / "vasprun.xml").write_text(text)
+    said = []
+    assert len(READERS[reader](str(tmp_path / "vasprun.xml"), said.append)) == 2
+    found = [line for line in said if "had not converged" in line]
+    assert len(found) == unconverged
+    assert all(line.startswith("warning") and "in 1 of 2 steps" in line for line in found)
+
+
+def test_electrons_of_an_outcar_that_did_not_converge_are_a_warning(tmp_path):
+    head = "vasp\n   NELM   =     {};   NELMIN=  2; NELMDL= -5     # of ELM steps\n"
+    iterations = [(1, 1), (1, 2), (1, 3), (2, 1), (2, 2)]
+    lines = "".join(f"---- Iteration {step:6}({n:4})  ----\n" for step, n in iterations)
+    for most, count in ((4, 0), (3, 1), (2, 2), (1, 0)):
+        text = head.format(most) + lines + "General timing and accounting informations\n"
+        (tmp_path / "OUTCAR").write_text(text)
+        said = []
+        files.tell_early_end("vasp-out", str(tmp_path / "OUTCAR"), said.append)
+        assert len(said) == bool(count)
+        assert all(f"in {count} of 2 steps" in line for line in said)
+
+
+@every_reader
 @pytest.mark.parametrize("unit", ["metal", "real", "lj"])
 def test_dump_in_other_units_is_refused(unit, reader, tmp_path):
     path = dump(tmp_path / "a.lammpstrj", crystals(1), head=f"ITEM: UNITS\n{unit}\n")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -37,6 +36,10 @@ CELLS = ("cell", "box", "unit_cell", "cell_vectors")
 
 # what stands near the end of a calculation's output, if that has come to its end
 LAST_WORDS = {"vasp-xml": "</modeling>", "vasp-out": "General timing and accounting"}
+
+# NELM in both, and in an OUTCAR the iterations of the electrons, step(iteration)
+MOST_ITERATIONS = re.compile(r'NELM(?: *=|">) *(\d+)')
+ITERATION = re.compile(r"- Iteration +\d+\( *(\d+)\)")
 
 # numbers that ASE's reader of a format does not turn into eV and Å
 UNCONVERTED = {"qbox": "Hartree and Bohr", "dlp4": "10 J/mol/Å"}
@@ -253,14 +256,36 @@ def tell_doubts(atoms: Atoms, kind: str, path: str, say: Callable[[str], None]) 
 
 
 def tell_early_end(kind: str, path: str, say: Callable[[str], None]) -> None:
-    """Say it if a calculation was stopped; ASE reads the steps that are whole."""
+    """Say it if a calculation of VASP was stopped, or if its electrons did not converge.
+
+    ASE reads all steps that are whole. VASP 5 writes "EDIFF is reached" even if it is not.
+    """
     words = LAST_WORDS.get(kind)
     if words is None:
         return
+
+    # How many iterations the electrons took in each step, and how many they may
+    most = 0
+    taken = [0]
+    ended = False
     with open_with_compression(path) as file:
-        end = deque(file, maxlen=50)
-    if not any(words in line for line in end):
+        for line in file:
+            ended = ended or words in line
+            if found := MOST_ITERATIONS.search(line):
+                most = int(found[1])
+            elif found := ITERATION.search(line):
+                taken += [0] if found[1] == "1" else []
+                taken[-1] = int(found[1])
+            elif kind == "vasp-xml":
+                taken += [0] * line.count("<calculation")
+                taken[-1] += line.count("<scstep")
+
+    if not ended:
         say(f"note: {path} ends before its calculation has; the steps that are whole are read")
+    beyond = sum(n >= most for n in taken[1:]) if most > 1 else 0  # 1: there is nothing to iterate
+    if beyond:
+        say(f"{WARNING}{path}: in {beyond} of {len(taken) - 1} steps the electrons had not "
+            f"converged after {most} iterations (NELM): their energies and forces are no labels")
 
 
 def header_of_dump(path: str) -> list[str]:
