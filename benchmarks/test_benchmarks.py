@@ -195,6 +195,54 @@ def test_scripts_refuse_what_they_do_not_have():
         assert status == 2 and "no such" in said.splitlines()[-1]
 
 
+# ─── The property table of other potentials ──────────────────────────────────────────────────────
+
+
+def test_page_of_potentials_is_what_its_results_say():
+    import potentials
+
+    found = common.read_results("potentials")["potentials"]
+    lines, missing = potentials.tables(found)
+    text = (ROOT / "lesson" / "potentials.md").read_text(encoding="utf-8")
+    assert "\n" + "\n".join(lines) + "\n" in text and "\n" + "\n".join(missing) + "\n" in text
+    assert len(lines) >= 27 and set(found) == set(potentials.POTENTIALS)
+
+
+def test_rows_of_the_property_table_are_read_as_it_prints_them():
+    import potentials
+
+    from tools import check
+
+    wrong = check.Row("slope of the energy", (None, 2.5e-3, 1e-5), 1e-6, "", (None, 0.4, 0.1))
+    nan = check.Row("rotation", (np.nan, np.inf, None), 1e-10)
+    broke = check.Row("supercell", note="ValueError: it is below 3", told="BROKE")
+    asked = check.Row("alone or in a batch", note="one at a time", told="not asked")
+    fine = check.Row("conservation, part of kinetic", (0.0, None, None), 0.02)
+    said = "\n".join(check.line(row) for row in (wrong, nan, broke, asked, fine))
+    found = potentials.rows_of(f"title\n{check.HEADER}\n{said}\n\n134 calls, 2.0 s\n2 wrong\n")
+    assert [(one.row, one.verdict, one.limit) for one in found] == [
+        ("slope of the energy", "WRONG", "1e-06"), ("rotation", "WRONG", "1e-10"),
+        ("supercell", "BROKE", ""), ("alone or in a batch", "not asked", ""),
+        ("conservation, part of kinetic", "ok", "2e-02")]
+    assert [one.errors for one in found[:2]] == ["– · 2.5e-03 · 1.0e-05", "nan · inf · –"]
+    assert found[2].note == "ValueError: it is below 3"
+
+
+def test_every_call_and_every_crystal_of_the_potentials_exists():
+    import calls
+    import potentials
+
+    for name, potential in potentials.POTENTIALS.items():
+        spec = potential.call.split()[0]
+        assert ":" in spec and potential.environment in potentials.ENVIRONMENTS, name
+        if spec.startswith("benchmarks/calls.py:"):
+            assert callable(getattr(calls, spec.partition(":")[2])), name
+        for crystal in potential.crystals.split():
+            atoms = potentials.CRYSTALS[crystal]()
+            moved = potentials.disturbed(atoms.copy())
+            assert abs(moved.positions - atoms.positions).max() > 0.01, crystal
+
+
 # ─── Other forms of the layers ───────────────────────────────────────────────────────────────────
 
 
