@@ -591,6 +591,17 @@ def test_dispersion_that_reaches_images_is_no_fault_and_more_than_that_is():
     assert row.verdict == OK and "beyond 27 Å" in row.note, line(row)
 
 
+def test_calculator_that_takes_no_cluster_has_slopes_all_the_same():
+    class OfCrystals(EMT):
+        def calculate(self, atoms=None, *arguments):
+            if atoms.cell.volume > 1e5:
+                raise ValueError("this is no crystal")
+            super().calculate(atoms, *arguments)
+
+    assert verdict(OfCrystals(), CUAL, "slope of the energy") == OK
+    assert verdict(OfCrystals(), CUAL, "jump at the cutoff") == BROKE
+
+
 @pytest.mark.parametrize("k, n, right", (
     (0.02, 3, OK), (25.0, 2, OK), (300.0, 2, OK), (1e-3, 1, WRONG), (1.0, 1, WRONG)), ids=str)
 def test_steep_onset_is_told_from_a_step_at_the_cutoff(k, n, right):
