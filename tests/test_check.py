@@ -591,6 +591,21 @@ def test_dispersion_that_reaches_images_is_no_fault_and_more_than_that_is():
     assert row.verdict == OK and "beyond 27 Å" in row.note, line(row)
 
 
+def test_calculator_that_changes_the_atoms_is_at_fault():
+    class Moves(EMT):
+        by = 0.0
+
+        def get_potential_energy(self, atoms=None, force_consistent=False):
+            energy = super().get_potential_energy(atoms, force_consistent)
+            atoms.positions[-1, 2] += self.by
+            return energy
+
+    moves = Moves()
+    for moves.by, right in ((0.0, OK), (1e-6, WRONG)):
+        row = property_row("rotation", moves, CU)
+        assert row.verdict == right and ("changes the atoms" in row.note) == (right == WRONG)
+
+
 def test_calculator_that_takes_no_cluster_has_slopes_all_the_same():
     class OfCrystals(EMT):
         def calculate(self, atoms=None, *arguments):

@@ -22,7 +22,7 @@ from ase.data import atomic_numbers, covalent_radii, reference_states
 
 import facet
 from tools.files import read_atoms
-from tools.properties import NO_METALS, random_crystal, value
+from tools.properties import NO_METALS, Fault, random_crystal, value
 
 LARGEST = 40.0  # eV/Å; a crystal with such forces is nowhere near its equilibrium
 KEPT = 50  # structures whose results are remembered
@@ -85,6 +85,9 @@ class Watched:
             own = atoms.copy()
             own.calc = self.calculator  # some calculators learn of the atoms here
             results[name] = np.array(getattr(own, f"get_{name}")(), float)
+            if not (np.array_equal(own.positions, atoms.positions)
+                    and np.array_equal(own.cell.array, atoms.cell.array)):
+                raise Fault("it changes the atoms that it is given")
         return results[name].copy()
 
     def tell(self) -> None:
@@ -279,7 +282,7 @@ def structures(calculator, files: list[str], species: list[str], every: bool) ->
         return found
 
     # What suits; what pushes its atoms apart is only taken where there is nothing else
-    failed = "it is no number"
+    failed = ""
     hopeless = []
     for kind, alternatives in candidates(species).items():
         if not every and len(found) == 2:
@@ -289,7 +292,7 @@ def structures(calculator, files: list[str], species: list[str], every: bool) ->
                 value(calculator, atoms, "energy")
                 force = np.abs(value(calculator, atoms, "forces")).max()
             except Exception as error:
-                failed = in_short(error)
+                failed = failed or in_short(error)
                 continue
             if force < LARGEST:
                 found.append((atoms, kind))
@@ -299,5 +302,5 @@ def structures(calculator, files: list[str], species: list[str], every: bool) ->
     if not found:
         what = " ".join(species) or "any element that was tried"
         raise CannotBegin(f"no energy of a crystal of {what} (try --species or --atoms): "
-                          f"{failed}")
+                          f"{failed or 'it is no number'}")
     return found
