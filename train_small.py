@@ -1,6 +1,6 @@
 """Train a Facet on a laptop in minutes, or leave it running on GPUs overnight.
 
-    python train_small.py                       # embedded data (EMT metals), 3 to 5 minutes on 2 cores
+    python train_small.py                       # embedded data (EMT metals), 3 to 5 minutes
     python train_small.py --train si_train.extxyz --test si_test.extxyz --name si    # your own data
     python -m tools.database MPtrj_2022.9_full.json mptrj.db    # large sets become an ASE database
     python train_small.py --train mptrj.db --species all --channels 64 --minutes 6000 --name mptrj
