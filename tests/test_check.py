@@ -44,6 +44,7 @@ from tools.check import (
 )
 from tools.potentials import SUITABLE, Watched, boxed, candidates, crystal_of, maker, shaken
 from tools.properties import (
+    ALL,
     NO_METALS,
     conservation,
     conservation_error,
@@ -357,8 +358,12 @@ def test_command_says_what_is_wrong_and_takes_every_option(monkeypatch, capsys, 
     (["os:getcwd"], "makes no ASE calculator"),
     (["absent.pt"], "absent.pt: no such checkpoint"),
     (["absent.pt", "a=1"], "a checkpoint takes no a=1"),
-    (["ase.calculators.emt:EMT", "--species", "Xe"], "no energy of a crystal of Xe"),
-    (["ase.calculators.emt:EMT", "--atoms", "absent.cif"], "no energy of absent.cif"),
+    (["ase.calculators.emt:EMT", "--species", "Xe"], "no energy and forces of a crystal of Xe"),
+    (["ase.calculators.emt:EMT", "--species", "Cu,Al"], "'Cu,Al' is no element"),
+    (["ase.calculators.emt:EMT", "--species", "X"], "'X' is no element"),
+    (["sys:exit"], "sys:exit cannot be made: SystemExit"),
+    (["tests.test_check:Ends"], "it ends the program with 0"),
+    (["ase.calculators.emt:EMT", "--atoms", "absent.cif"], "no energy and forces of absent.cif"),
     (["ase.calculators.emt:EMT", "--rows", "rot,up"], "no row begins with 'up'; there are: rotat"),
     (["ase.calculators.emt:EMT", "--device", "cpu"], "--device is for Facet"),
 ), ids=str)
@@ -394,6 +399,11 @@ class Changed(EMT):
     def calculate(self, atoms=None, *arguments):
         super().calculate(atoms, *arguments)
         self.change(atoms)
+
+
+class Ends(Changed):
+    def change(self, atoms):
+        sys.exit(0)
 
 
 class SignOfTheVolume(Changed):
@@ -602,8 +612,47 @@ def test_calculator_that_changes_the_atoms_is_at_fault():
 
     moves = Moves()
     for moves.by, right in ((0.0, OK), (1e-6, WRONG)):
-        row = property_row("rotation", moves, CU)
-        assert row.verdict == right and ("changes the atoms" in row.note) == (right == WRONG)
+        watched = Watched(moves)
+        for _ in range(3):  # what was at fault once is not kept
+            row = property_row("rotation", watched, CU)
+            assert row.verdict == right and ("changes the atoms" in row.note) == (right == WRONG)
+
+
+@pytest.mark.parametrize("copied", (False, True))
+def test_forces_that_overwrite_those_before_are_a_fault(copied):
+    class OneBuffer(EMT):
+        buffer = np.zeros((100, 3))
+
+        def get_forces(self, atoms=None):
+            forces = self.buffer[:len(atoms)]
+            forces[:] = super().get_forces(atoms)
+            return forces.copy() if copied else forces
+
+    row = property_row("rotation", OneBuffer(), CU)
+    assert row.verdict == (OK if copied else WRONG), line(row)
+    assert copied or "its next forces overwrite" in row.note
+
+
+@pytest.mark.parametrize("shape, right", (((-1, 3), OK), ((3, -1), WRONG), ((-1,), WRONG)), ids=str)
+def test_forces_of_another_shape_are_a_fault(shape, right):
+    class Shaped(Changed):
+        def change(self, atoms):
+            self.results["forces"] = self.results["forces"].reshape(shape)
+
+    row = property_row("translation", Shaped(), CUAL)
+    assert row.verdict == right and ("not (8, 3)" in row.note) == (right == WRONG), line(row)
+
+
+def test_one_atom_may_have_the_noise_of_all():
+    """Noise is measured per atom: ten times that of four atoms is allowed, and not more."""
+    class OfTheCell(Changed):
+        def change(self, atoms):
+            self.results["energy"] += self.error * (atoms.cell.volume > 20000)
+
+    calculator = OfTheCell()
+    for calculator.error, right in ((3e-5, OK), (5e-5, WRONG)):
+        row = property_row("isolated atom", calculator, CU, noise=dict.fromkeys(ALL, 1e-6))
+        assert row.verdict == right, line(row)
 
 
 def test_calculator_that_takes_no_cluster_has_slopes_all_the_same():

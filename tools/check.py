@@ -399,7 +399,7 @@ NOISY = 10  # a limit must be this many times the noise
 def measured(calculator, atoms: Atoms, parts) -> dict[str, float]:
     """The largest energy per atom, force, stress that a calculator gives of a crystal, by name.
 
-    Raises Fault for what is no number.
+    Raises Fault for what is no number, and for forces of another shape.
     """
     sizes = {}
     for of in dict.fromkeys((*parts, "forces")):
@@ -411,6 +411,8 @@ def measured(calculator, atoms: Atoms, parts) -> dict[str, float]:
             if facet_of(calculator):  # which has to do everything
                 raise
             continue
+        if of == "forces" and values.shape != (len(atoms), 3):
+            raise Fault(f"forces of shape {values.shape}, not {(len(atoms), 3)}")
         if not np.isfinite(values).all():
             raise Fault(f"{of}: nan or infinite")
         sizes[of] = float(np.abs(values).max())
@@ -427,7 +429,6 @@ def property_row(name: str, calculator, atoms: Atoms, precision: str = "float64"
         tolerance, more = FLOAT32[tolerance]
     calculator = calculator if isinstance(calculator, Watched) else Watched(calculator)
     calculator.doing = name
-    sizes = {}
     try:
         # How large is what is compared?
         sizes = measured(calculator, atoms, parts)
@@ -452,9 +453,9 @@ def property_row(name: str, calculator, atoms: Atoms, precision: str = "float64"
         limit = TOL[tolerance] * size
         if tolerance not in ("self-consistent", "drift"):
             limit = max(limit, NOISY * max(noise.values()))
-        if name == "slope of the energy":
-            steps = more.get("steps", (2e-5, 1e-3))
-            limit = max(limit, NOISY * noise["energy"] * len(atoms) / steps[1])
+        if name in FAR:  # one atom may have the noise of all, and a slope divides it by its step
+            step = more.get("steps", (2e-5, 1e-3))[1] if name.startswith("slope") else 1.0
+            limit = max(limit, NOISY * noise["energy"] * len(atoms) / step)
         if name == "jump at the cutoff":
             more = {"noise": max(more.get("noise", 1e-9), NOISY * noise["energy"]), "small": limit}
 
@@ -725,8 +726,7 @@ def check_calculator(words: list[str], dtype: str, device: str, files: list[str]
             if max(noise.values()) > TOL["rounding"]:
                 print(f"noise {max(noise.values()):.0e}: limits are at least ten times that")
             print()
-        seconds = monotonic() - calculator.start
-        print(f"{calculator.calls} calls, {seconds:.1f} s")
+        print(f"{calculator.calls} calls, {monotonic() - calculator.start:.1f} s")
     text, code = sentence(verdicts)
     print(text)
     return code

@@ -51,6 +51,7 @@ class Watched:
         self.make = make  # makes another one
         self.model = getattr(calculator, "model", None)
         self.kept = {}  # results by structure
+        self.last = {}  # by name: what the calculator returned last, and a copy
         self.calls = 0
         self.doing = ""
         self.start = self.told = monotonic()
@@ -84,10 +85,21 @@ class Watched:
                 raise PropertyNotImplementedError(f"the calculator has no {name}")
             own = atoms.copy()
             own.calc = self.calculator  # some calculators learn of the atoms here
-            results[name] = np.array(getattr(own, f"get_{name}")(), float)
+            try:
+                given = getattr(own, f"get_{name}")()
+            except SystemExit as end:
+                raise RuntimeError(f"it ends the program with {end}") from None
             if not (np.array_equal(own.positions, atoms.positions)
                     and np.array_equal(own.cell.array, atoms.cell.array)):
                 raise Fault("it changes the atoms that it is given")
+
+            # Whoever kept the results before still has them
+            found = np.array(given, float)
+            before, copied = self.last.get(name, (given, found))
+            self.last[name] = given, found
+            if not np.array_equal(np.array(before, float), copied, equal_nan=True):
+                raise Fault(f"its next {name} overwrite those that it gave before")
+            results[name] = found
         return results[name].copy()
 
     def tell(self) -> None:
@@ -163,7 +175,7 @@ def given_calculators(words: list[str], dtype: str, device: str) -> list[tuple]:
     try:
         make = partial(maker(spec), **keywords)
         calculator = make()
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script may end itself when it is imported
         raise CannotBegin(f"{spec} cannot be made: {in_short(error)}") from None
     for method in ("get_potential_energy", "get_forces"):
         if not callable(getattr(calculator, method, None)):
@@ -264,7 +276,11 @@ def candidates(species: list[str]) -> dict[str, list[Atoms]]:
 
 def structures(calculator, files: list[str], species: list[str], every: bool) -> list[tuple]:
     """What a calculator is judged on: [(Atoms, how it was made)]. By default one crystal and one
-    molecule at most; raises CannotBegin if it has an energy of none."""
+    molecule at most; raises CannotBegin if it has no energy and forces of any."""
+    unknown = [symbol for symbol in species if not atomic_numbers.get(symbol)]
+    if unknown:
+        raise CannotBegin(f"{unknown[0]!r} is no element; --species takes symbols between spaces")
+
     # What the user has; forces must not be zero by symmetry
     found = []
     for file in files:
@@ -274,7 +290,7 @@ def structures(calculator, files: list[str], species: list[str], every: bool) ->
             calm = np.abs(value(calculator, atoms, "forces")).max() < 0.1  # eV/Å
             value(calculator, atoms, "energy")
         except Exception as error:
-            raise CannotBegin(f"no energy of {file}: {in_short(error)}") from None
+            raise CannotBegin(f"no energy and forces of {file}: {in_short(error)}") from None
         strained = " and strained by 3 %" if atoms.pbc.any() else ""
         how = f"at rest in {file}, so rattled by 0.05 Å{strained}" if calm else file
         found.append((shaken(atoms) if calm else atoms, how))
@@ -301,6 +317,6 @@ def structures(calculator, files: list[str], species: list[str], every: bool) ->
     found = found or hopeless[:1]
     if not found:
         what = " ".join(species) or "any element that was tried"
-        raise CannotBegin(f"no energy of a crystal of {what} (try --species or --atoms): "
-                          f"{failed or 'it is no number'}")
+        raise CannotBegin(f"no energy and forces of a crystal of {what} "
+                          f"(try --species or --atoms): {failed or 'it is no number'}")
     return found
