@@ -398,7 +398,10 @@ def measure(folder: Path, potential: Potential) -> list[str]:
     faults = []
     for line, crystal in best.values():
         if line.verdict == "WRONG":
-            found = f"{line.errors} (below {line.limit})" if line.limit else line.note[:90]
+            limit = f"below {line.limit}"
+            if line.note.startswith("stress below"):
+                limit += f", {line.note}"
+            found = f"{line.errors} ({limit})" if line.limit else line.note[:90]
             faults.append(f"{line.row}: {found}, {crystal}")
         if line.verdict == "BROKE":
             faults.append(f"{line.row} broke: {line.note[:60].rstrip(' :')}, {crystal}")

@@ -601,6 +601,17 @@ def test_dispersion_that_reaches_images_is_no_fault_and_more_than_that_is():
     assert row.verdict == OK and "beyond 27 Å" in row.note, line(row)
 
 
+@pytest.mark.parametrize("factor, right", ((1.0, OK), (0.5, WRONG), (0.0, WRONG), (-1.0, WRONG)))
+def test_wrong_stress_is_found_by_the_limits_of_float32(factor, right):
+    class Stressed(Changed):
+        def change(self, atoms):
+            self.results["stress"] = factor * self.results["stress"]
+
+    row = property_row("slope of the energy", Stressed(), CUAL, "float32")
+    assert row.verdict == right and f"stress below {row.stress_limit:.0e}" in line(row)
+    assert row.errors[0] is None and row.errors[1] < row.limit
+
+
 def test_calculator_that_changes_the_atoms_is_at_fault():
     class Moves(EMT):
         by = 0.0

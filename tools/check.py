@@ -316,12 +316,15 @@ class Row(NamedTuple):
     note: str = ""
     sizes: tuple = NOTHING   # the largest energy, force, stress of the crystal: the control
     told: str = ""           # the verdict where errors do not make it
+    stress_limit: float | None = None  # where that is another one
 
     @property
     def verdict(self) -> str:
         """One of the five above."""
-        for error in self.errors:
-            if error is not None and not error <= self.limit:  # nan is wrong, too
+        of_stress = self.limit if self.stress_limit is None else self.stress_limit
+        limits = (self.limit, self.limit, of_stress)
+        for error, limit in zip(self.errors, limits, strict=True):
+            if error is not None and not error <= limit:  # nan is wrong, too
                 return WRONG
         return self.told or OK
 
@@ -459,9 +462,17 @@ def property_row(name: str, calculator, atoms: Atoms, precision: str = "float64"
         if name == "jump at the cutoff":
             more = {"noise": max(more.get("noise", 1e-9), NOISY * noise["energy"]), "small": limit}
 
+        # Seven digits of energy make a stress, too: its limit is that of the virial per atom
+        of_stress = None
+        if tolerance == "float32 slope" and "stress" in asked:
+            of_stress = limit * len(atoms) / abs(atoms.cell.volume)
+            of_stress = max(of_stress, NOISY * noise["stress"])
+            note = f"stress below {of_stress:.0e}" + (f"; {note}" if note else "")
+
         found = function(calculator, atoms, of=asked, **more)
         errors = dict(zip(asked, map(float, found), strict=True))
-        row = Row(name, tuple(errors.get(of) for of in ALL), limit, note, shown)
+        row = Row(name, tuple(errors.get(of) for of in ALL), limit, note, shown,
+                  stress_limit=of_stress)
 
         # Could it have failed?
         if tolerance in ("drift", "self-consistent"):
