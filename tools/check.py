@@ -728,12 +728,11 @@ def check_calculator(words: list[str], dtype: str, device: str, files: list[str]
             remembered = property_row(HISTORY, calculator, atoms, precision)
             noise = noise_in(remembered)
 
-            def row(name, known=(calculator, atoms, precision, noise), remembered=remembered):
-                return remembered if name == HISTORY else property_row(name, *known)
-
+            # Made one by one, as they are printed
+            made = (remembered if name == HISTORY else
+                    property_row(name, calculator, atoms, precision, noise) for name in names)
             verdicts += table(
-                f"{title}, {atoms.symbols} ({how}); errors in eV per atom, eV/Å, eV/Å³",
-                map(row, names))
+                f"{title}, {atoms.symbols} ({how}); errors in eV per atom, eV/Å, eV/Å³", made)
             if max(noise.values()) > TOL["rounding"]:
                 print(f"noise {max(noise.values()):.0e}: limits are at least ten times that")
             print()

@@ -357,15 +357,15 @@ def cutoff_continuity(calculator, atoms: Atoms, of="energy", noise: float = 1e-9
         errors.append(np.array(difference(calculator, cluster(inside), cluster(30.0), of)))
         if not np.max(errors[-1]) > small:  # or nan
             break
-    if len(errors) < 3:
-        return errors[-1] if errors[-1].ndim else float(errors[-1])
 
     # Does it shrink at all?
-    first, second, third = errors
-    with np.errstate(invalid="ignore", divide="ignore"):
-        limit = third - (third - second) ** 2 / (third - 2 * second + first)
-    onset = third < first / 2
-    remains = np.where(onset, np.clip(np.nan_to_num(limit), 0, third), third)
+    remains = errors[-1]
+    if len(errors) == 3:
+        first, second, third = errors
+        with np.errstate(invalid="ignore", divide="ignore"):
+            limit = third - (third - second) ** 2 / (third - 2 * second + first)
+        onset = third < first / 2
+        remains = np.where(onset, np.clip(np.nan_to_num(limit), 0, third), third)
     return remains if remains.ndim else float(remains)
 
 
