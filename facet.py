@@ -366,17 +366,8 @@ class RadialSplines(nn.Module):
         return wide[..., 3:R + 3]  # [..., R]
 
     def forward(self, r: Tensor) -> Tensor:
-        """r [...] Å → [..., count]. The network itself takes them `by_layer`."""
+        """r [...] Å → [..., count]."""
         return self.basis(r) @ self.coefficients  # [..., count]
-
-    def by_layer(self, r: Tensor, T: int) -> list[Tensor]:
-        """r [N, K] Å → the functions of each layer, T × [N, B (L+1), K], count = T B (L+1).
-
-        The same numbers, in the order in which the sum over neighbours wants them.
-        """
-        basis = self.basis(r).mT  # [N, R, K]
-        parts = self.coefficients.T.chunk(T)  # T × [B (L+1), R]
-        return [torch.bmm(part.expand(len(r), -1, -1), basis) for part in parts]
 
     @torch.no_grad()
     def fit(self, f) -> Tensor:
@@ -558,9 +549,9 @@ def chunks(index: Tensor, X: int) -> list[slice]:
 
 
 class NeighbourSum(torch.autograd.Function):
-    """A[p m3, n, bc] = Σ_m1,m2 G[p m3, m1 m2] Σ_k w[n,b,m2,k] h[index[n,b,k], c m1]
+    """A[p m3, n, bc] = Σ_m1,m2 G[p m3, m1 m2] Σ_k w[n,b,k,m2] h[index[n,b,k], c m1]
 
-        w[n,b,m2,k] = Σ_t φ[t,n,b,l2,k] Y[t,n,m2,k]
+        w[n,b,k,m2] = Σ_t φ[n,t,b,k,l2] Y[n,t,k,m2]
 
     Group b of an atom sees group b of its neighbours: the rows of h are (atom, group). The model
     has one term t; the derivative of φ Y has two.
@@ -573,22 +564,27 @@ class NeighbourSum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, phi, Y, h, index, G, degree):
-        """phi [terms, N, B, L+1, K], Y [terms, N, M, K], h [(N+U)·B, c m1], index [N, B, K],
-        G [J, m1 m2], degree [M] of each row of Y → A [J, N+U, b c].
+    def forward(ctx, phi, Y, h, index, G, of_degree):
+        """phi [N, terms, B, K, L+1], Y [N, terms, K, M], h [(N+U)·B, c m1], index [N, B, K],
+        G [J, m1 m2], of_degree [L+1, M], 1 where a row of Y has that degree → A [J, N+U, b c].
 
         The last U atoms have no neighbours, so their A is 0.
         """
-        ctx.save_for_backward(phi, Y, h, index, G, degree)
-        B, M, X = index.shape[1], Y.shape[2], h.shape[1]
+        ctx.save_for_backward(phi, Y, h, index, G, of_degree)
+        N, B, K = index.shape
+        M, X = Y.shape[3], h.shape[1]
         c = X * M // G.shape[1]  # X = c·m1, and G has m1·m2 columns
-        A = h.new_zeros(len(G), len(h) // B, B * c)  # [J, N+U, b c]
+        A = h.new_empty(len(G), len(h) // B, B * c)  # [J, N+U, b c]
+        A[:, N:] = 0
+        atoms = chunks(index, X + M)  # X numbers of each neighbour for h, M for w
+        memory = h.new_empty(index[atoms[0]].numel(), X)  # of one chunk after the other
 
-        for n in chunks(index, X + M):  # X numbers of each neighbour for h, M for w
-            terms = phi[:, n].index_select(3, degree) * Y[:, n, None]  # [terms, n, b, M, K]
-            w = reduce(torch.add, terms).flatten(0, 1)  # [n b, M, K]
-            there = embedding(index[n].flatten(0, 1), h)  # [n b, K, c m1] is h[index], only faster
-            D = torch.bmm(there.mT, w.mT)  # [n b, c m1, m2]
+        for n in atoms:
+            at = index[n].flatten()  # [n b K]
+            there = torch.index_select(h, 0, at, out=memory[:len(at)])  # [n b K, c m1]
+            terms = phi[n] @ of_degree * Y[n, :, None]  # [n, terms, b, K, M]
+            w = reduce(torch.add, terms.unbind(1)).flatten(0, 1)  # [n b, K, M]
+            D = torch.bmm(there.view(-1, K, X).mT, w)  # [n b, c m1, m2]
             D = D.view(-1, G.shape[1])  # [n b c, m1 m2]
             torch.mm(G, D.T, out=A[:, n].view(len(G), -1))  # [J, n b c]
         return A
@@ -603,35 +599,39 @@ class NeighbourGrad(torch.autograd.Function):
     """Derivatives of Σ grad_A · A with respect to φ, Y and, where it is needed, h."""
 
     @staticmethod
-    def forward(ctx, grad_A, phi, Y, h, index, G, degree, needs_h, fixed=0):
+    def forward(ctx, grad_A, phi, Y, h, index, G, of_degree, needs_h, fixed=0):
         """Shapes as in NeighbourSum.
 
         The first `fixed` terms of φ and the last of Y are constants: their gradient stays 0.
         """
-        ctx.save_for_backward(grad_A, phi, Y, h, index, G, degree)
+        ctx.save_for_backward(grad_A, phi, Y, h, index, G, of_degree)
         ctx.set_materialize_grads(False)
-        M, X = Y.shape[2], h.shape[1]
+        K, M, X = index.shape[2], Y.shape[3], h.shape[1]
         to_phi = phi.new_zeros(phi.shape)
         to_Y = Y.new_zeros(Y.shape)
-        last = len(Y) - fixed
+        last = Y.shape[1] - fixed
         to_h = h.new_zeros(h.shape) if needs_h else None
+        atoms = chunks(index, X + M)
+        memory = h.new_empty(index[atoms[0]].numel(), X)  # of one chunk after the other
 
-        for n in chunks(index, X + M):
-            at = index[n].flatten(0, 1)  # [n b, K]
+        for n in atoms:
+            at = index[n].flatten()  # [n b K]
+            there = torch.index_select(h, 0, at, out=memory[:len(at)])  # [n b K, c m1]
+            there = there.view(-1, K, X)  # [n b, K, c m1]
             D = (grad_A[:, n].flatten(1).T @ G).view(-1, X, M)  # [n b, c m1, m2] gradient of D
-            radial = phi[:, n].index_select(3, degree)  # [terms, n, b, M, K]
-            y = Y[:, n, None]  # [terms, n, 1, M, K]
+            radial = phi[n] @ of_degree  # [n, terms, b, K, M]
+            y = Y[n, :, None]  # [n, terms, 1, K, M]
 
             # What a neighbour's weight w is worth, and φ and Y in it
-            worth = torch.bmm(D.mT, embedding(at, h).mT).view_as(radial[0])  # [n, b, M, K]
-            to_phi[fixed:, n].index_add_(3, degree, worth * y[fixed:])  # [terms, n, b, L+1, K]
-            torch.sum(worth * radial[:last], 2, out=to_Y[:last, n])  # [terms, n, M, K]
+            worth = torch.bmm(there, D).view_as(radial[:, :1])  # [n, 1, b, K, M]
+            to_phi[n, fixed:] = (worth * y[:, fixed:]) @ of_degree.T  # [n, terms, b, K, L+1]
+            torch.sum(worth * radial[:, :last], 2, out=to_Y[n, :last])  # [n, terms, K, M]
 
             # What its features are worth
             if needs_h:
-                w = reduce(torch.add, radial * y).flatten(0, 1)  # [n b, M, K]
-                there = torch.bmm(w.mT, D.mT)  # [n b, K, c m1]
-                to_h.index_add_(0, at.flatten(), there.flatten(0, 1))
+                w = reduce(torch.add, (radial * y).unbind(1)).flatten(0, 1)  # [n b, K, M]
+                torch.bmm(w, D.mT, out=there)  # [n b, K, c m1]
+                to_h.index_add_(0, at, there.flatten(0, 1))
         return to_phi, to_Y, to_h
 
     @staticmethod
@@ -647,13 +647,14 @@ class NeighbourGrad(torch.autograd.Function):
         dY = torch.zeros_like(Y) if dY is None else dY
 
         # sum(dw, h): dw has twice the terms of w, φ in the second half of them, Y in the first
-        two_phi = torch.cat([dphi, phi])  # [2·terms, N, B, L+1, K]
-        two_Y = torch.cat([Y, dY])  # [2·terms, N, M, K]
+        two_phi = torch.cat([dphi, phi], 1)  # [N, 2·terms, B, K, L+1]
+        two_Y = torch.cat([Y, dY], 1)  # [N, 2·terms, K, M]
         to_A = NeighbourSum.apply(two_phi, two_Y, h, *constants)
+        terms = phi.shape[1]
         to_phi, to_Y, to_h = NeighbourGrad.apply(
-            grad_A, two_phi, two_Y, h, *constants, True, len(phi))
-        to_phi = to_phi[len(phi):]  # [terms, N, B, L+1, K]
-        to_Y = to_Y[:len(Y)]  # [terms, N, M, K]
+            grad_A, two_phi, two_Y, h, *constants, True, terms)
+        to_phi = to_phi[:, terms:]  # [N, terms, B, K, L+1]
+        to_Y = to_Y[:, :terms]  # [N, terms, K, M]
 
         # sum(w, dh)
         if dh is not None:
@@ -701,19 +702,20 @@ class Density(nn.Module):
                     G.append(row.flatten())  # [m1 m2]
         G = torch.stack(G) / sqrt(config.mean_neighbours)  # [J, m1 m2]
         self.register_buffer("G", G, persistent=False)
-        self.register_buffer("degree_of_row", degree_of_row(L), persistent=False)  # [M]
+        of_degree = degree_of_row(L) == torch.arange(L + 1)[:, None]  # [L+1, M]
+        self.register_buffer("of_degree", of_degree.double(), persistent=False)
 
     def forward(self, h: Tensor, index: Tensor, phi: Tensor, Y: Tensor) -> Tensor:
         """The messages of all atoms: [N+U, J, C].
 
         h [N+U, (l_in+1)², C] features, index [N, B, K] the neighbours' rows in h [(N+U)·B, …],
-        phi [N, B, L+1, K] radial functions, Y [N, M, K] harmonics. The last U atoms have no
+        phi [N, B, K, L+1] radial functions, Y [N, K, M] harmonics. The last U atoms have no
         neighbours.
         """
         B = index.shape[1]
         h = h.transpose(1, 2).reshape(len(h) * B, -1)  # [(N+U)·B, c m1] a row per group
-        constants = index, self.G, self.degree_of_row
-        A = NeighbourSum.apply(phi[None], Y[None], h, *constants)  # [J, N+U, C]
+        constants = index, self.G, self.of_degree
+        A = NeighbourSum.apply(phi[:, None], Y[:, None], h, *constants)  # [J, N+U, C]
         return A.transpose(0, 1)  # [N+U, J, C]
 
 
@@ -1000,9 +1002,9 @@ class Facet(nn.Module):
 
         # How far the neighbours are, and in what direction
         r = batch.vectors.norm(dim=-1)  # [N, K]
-        phi = self.splines.by_layer(r, len(self.layers))  # T × [N, B (L+1), K]
+        phi = self.splines(r).view(N, K, -1, B, L + 1)  # [N, K, T, B, L+1]
+        phi = phi.permute(2, 0, 3, 1, 4).contiguous()  # [T, N, B, K, L+1]
         Y = harmonics(batch.vectors / r[..., None], L)  # [N, K, M]
-        Y = Y.mT.contiguous()  # [N, M, K]
 
         # Group b of an atom sees group b of its neighbours
         group = torch.arange(B, device=r.device)[:, None]  # [B, 1]
@@ -1012,7 +1014,6 @@ class Facet(nn.Module):
         species = torch.cat([batch.species, batch.present])  # [N+U]
         h = self.embedding(species)[:, None]  # [N+U, 1, C]
         for layer, phi_t in zip(self.layers, phi):
-            phi_t = phi_t.view(N, B, L + 1, K)  # [N, B, L+1, K]
             h = layer(h, species, index, phi_t, Y)  # [N+U, M, C], the last [N+U, 1, C]
 
         # Less what a lone atom of the same species has

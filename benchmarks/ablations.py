@@ -112,10 +112,6 @@ class RadialMLP(BesselLinear):
         phi = torch.cat([mlp(beta) for mlp in self.mlps], -1)  # [E, count]
         return phi.new_zeros(*r.shape, phi.shape[1]).index_put((inside,), phi)  # [N, K, count]
 
-    def by_layer(self, r: Tensor, T: int) -> list[Tensor]:
-        """r [N, K] Å → T × [N, count/T, K]."""
-        return [phi.mT.contiguous() for phi in self(r).chunk(T, -1)]  # T × [N, count/T, K]
-
 
 class EdgeList(EdgeWiseDensity):
     """The density edge by edge as most codes do it, with a list of edges and a scatter sum.

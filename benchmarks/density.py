@@ -137,8 +137,8 @@ def layer_jobs(kind: type, batch: facet.Batch, config: facet.Config) -> dict[str
     def evaluate(differentiable: bool = False) -> list[Tensor]:
         vectors = batch.vectors.detach().requires_grad_()  # [N, K, 3]
         r = vectors.norm(dim=-1)  # [N, K]
-        phi = splines.by_layer(r, 1)[0].view(N, B, L + 1, K)
-        Y = facet.harmonics(vectors / r[..., None], L).mT.contiguous()  # [N, M, K]
+        phi = splines(r).view(N, K, B, L + 1).transpose(1, 2).contiguous()  # [N, B, K, L+1]
+        Y = facet.harmonics(vectors / r[..., None], L)  # [N, K, M]
         A = density(h, index, phi, Y)
         energy = (weights * A * A).sum() / 2
         slopes = torch.autograd.grad(energy, (vectors, h), create_graph=differentiable)
@@ -204,11 +204,11 @@ class PlainSum:
     """What facet.NeighbourSum computes, in a few lines; its derivatives are autograd's."""
 
     @staticmethod
-    def apply(phi, Y, h, index, G, degree):
+    def apply(phi, Y, h, index, G, of_degree):
         N, B, K = index.shape
-        w = (phi.index_select(3, degree) * Y[:, :, None]).sum(0)  # [N, B, M, K]
+        w = (phi @ of_degree * Y[:, :, None]).sum(1)  # [N, B, K, M]
         there = h[index.flatten()].view(N * B, K, -1)  # [N B, K, c m1]
-        D = torch.bmm(there.mT, w.flatten(0, 1).mT).view(-1, G.shape[1])  # [N B c, m1 m2]
+        D = torch.bmm(there.mT, w.flatten(0, 1)).view(-1, G.shape[1])  # [N B c, m1 m2]
         A = (G @ D.T).view(len(G), N, -1)  # [J, N, C]
         return pad(A, (0, 0, 0, len(h) // B - N))  # [J, N+U, C]
 

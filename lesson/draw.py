@@ -217,7 +217,7 @@ def flow(figure: Figure, model: facet.Facet) -> None:
     C = model.config.channels
     R, count = model.splines.coefficients.shape
     layer = model.layers[1]
-    M = len(layer.density.degree_of_row)
+    M = layer.density.of_degree.shape[1]
 
     def box(x, y, width, height, text, colour):
         outline = FancyBboxPatch((x, y), width, height, facecolor="none", edgecolor=colour,

@@ -299,13 +299,13 @@ def test_summing_neighbours_first_equals_coupling_first(L):
         differ(f"density of degree {l3}", want, 0 * want)
 
 
-def sums(phi, Y, h, index, G, degree) -> torch.Tensor:
+def sums(phi, Y, h, index, G, of_degree) -> torch.Tensor:
     """What facet.NeighbourSum computes, in one einsum: [Q, N+1, b c]."""
     N, B, K = index.shape
-    M1 = G.shape[1] // Y.shape[2]
+    M1 = G.shape[1] // Y.shape[3]
     there = h[index].view(N, B, K, -1, M1)
     G = G.view(len(G), M1, -1)
-    A = torch.einsum("qam,snbmk,snmk,nbkca->qnbc", G, phi[:, :, :, degree], Y, there)
+    A = torch.einsum("qam,nsbkl,lm,nskm,nbkca->qnbc", G, phi, of_degree, Y, there)
     return torch.nn.functional.pad(A.flatten(2), (0, 0, 0, 1))  # the last atom sees nothing
 
 
@@ -327,10 +327,10 @@ def test_sums_over_neighbours_and_three_derivatives_equal_those_of_an_einsum(ter
     g = torch.Generator().manual_seed(0)
     L, N, B, K, c, M1, Q = 1, 5, 2, 3, 2, 4, 6
     inputs = [torch.randn(*shape, dtype=torch.float64, generator=g).requires_grad_() for shape in
-              ((terms, N, B, L + 1, K), (terms, N, 4, K), ((N + 1) * B, c * M1))]
+              ((N, terms, B, K, L + 1), (N, terms, K, 4), ((N + 1) * B, c * M1))]
     G = torch.randn(Q, M1 * 4, dtype=torch.float64, generator=g)
     index = torch.randint((N + 1) * B, (N, B, K), generator=g)
-    constants = index, G, facet.degree_of_row(L)
+    constants = index, G, facet.Density(L, L, facet.Config(("Si",), degree=L)).of_degree
 
     whole = sums(*inputs, *constants)
     want = derivatives(whole, inputs)
