@@ -4,6 +4,8 @@
         --nequip envs/nequip/bin/python
     python benchmarks/speed.py --mace … --quick         # 2 rounds, 8 and 64 atoms; writes nothing
     python benchmarks/speed.py --mace … --device cuda   # the same on a GPU
+    python benchmarks/speed.py --against main           # facet.py beside that of a commit: 2 minutes
+    python benchmarks/speed.py --against main --quick   # few rounds, 8 and 64 atoms: 20 seconds
 
 benchmarks/README.md tells how to make the environments; a peer without one is left out. Measured
 at one thread and at two, with 89 species (the cost of MACE depends on their number, and SevenNet-0
@@ -22,22 +24,43 @@ after a warm-up: of 3 where one takes more than 7 s or the crystal has more than
 the first, where it takes more than 15 s. Left out is what would need more than 30 s or 16 GB, on a
 GPU 0.9 of its memory. There Facet runs twice, as it is and replayed (tools/replay.py).
 
+--against compares two versions of facet.py by these same jobs, at one thread: old is that of the
+commit, measured by the present scripts, new that of the working tree. Besides, it takes a training
+step on 512 atoms, and one on each of five batches as `python train_small.py` makes them, of its own
+data and of --frames FILE. For old → new it prints milliseconds, how many times as fast new is
+(old/new), the processor's milliseconds, the pages of memory that a call is the first to touch
+(minor page faults: fresh memory is slow to get) and the MB that the process has held at most so far
+above the built model: for a call on 512 atoms read them in the last line of "bare", for a training
+step in the line of that. It writes no results.
+
 At two threads any other program spoils the times, of small operations most of all: the load is
 kept beside them. Writes benchmarks/results/speed.json and its picture (speed_cuda for a GPU).
 """
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
-from contextlib import suppress
-from itertools import product
+import zipfile
+from contextlib import ExitStack, closing, suppress
+from itertools import islice, product
+from pathlib import Path
 
 import numpy as np
-from common import ROOT, atoms_in, command_line, environment, read_results, write_results
+from common import (
+    ROOT,
+    atoms_in,
+    command_line,
+    environment,
+    read_results,
+    run_program,
+    write_results,
+)
 from summary import M64, M128, NEQUIP, memory_share, speed_ratio
 
 # The option that names a Python, by a model's first word
@@ -52,6 +75,7 @@ CRYSTALS = {
     "cpu": ["Si 8", "Si 64", "Si 512", "Si 4096"],
     "cuda": ["Si 8", "Si 64", "Si 512", "Si 4096", "Si 32768", "Si 110592"]}
 STEP = "4 x Si 64"
+BATCHES = 5  # of a training set, for --against
 
 
 # ─── The workers ─────────────────────────────────────────────────────────────────────────────────
@@ -60,11 +84,12 @@ STEP = "4 x Si 64"
 class Worker:
     """A model in its own process. about: what it said of itself; error: why it is of no use."""
 
-    def __init__(self, python: str, model: str, species: int, threads: int, device: str):
+    def __init__(self, python: str, model: str, species: int, threads: int, device: str,
+                 tree: Path = ROOT):
         count = str(threads)
         environment = {**os.environ, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
         command = [python, "benchmarks/peers.py", model, "--species", str(species)]
-        command += ["--threads", count, "--device", device]
+        command += ["--threads", count, "--device", device, "--tree", str(tree)]
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
@@ -112,8 +137,9 @@ def rounds_of(seconds: float, atoms: int, most: int) -> int:
     return min(3, most) if seconds > 7 or atoms > 512 else most
 
 
-def time_all(workers: dict[str, Worker], job: str, crystal: str, most: int) -> dict[str, dict]:
-    """Median ms of each model; one timed call of each in a round.
+def time_all(workers: dict[str, Worker], job: str, crystal: str, most: int,
+             numbers: tuple[str, ...] = ("ms", "cpu_ms")) -> dict[str, dict]:
+    """Medians of these numbers for each model; one timed call of each in a round.
 
     Before them the warm-up, two calls for a training step: e3nn's TorchScript is slow until it has
     seen its inputs twice.
@@ -140,8 +166,7 @@ def time_all(workers: dict[str, Worker], job: str, crystal: str, most: int) -> d
     for name, answers in times.items():
         answers = [answer for answer in answers if "ms" in answer] or [warm_up[name]]
         result[name] = {
-            "ms": float(np.median([answer["ms"] for answer in answers])),
-            "cpu_ms": float(np.median([answer["cpu_ms"] for answer in answers])),
+            **{key: float(np.median([answer[key] for answer in answers])) for key in numbers},
             "rounds": len(answers),
             "peak_GB": max(answer["peak_GB"] for answer in answers)}
     return result
@@ -200,7 +225,7 @@ def measure(workers: dict[str, Worker], crystals: list[str], most: int, calculat
 
     eager = {name: worker for name, worker in workers.items()
              if "compiled" not in name and "replayed" not in name}
-    result["train"][STEP] = time_all(eager, "train", "Si 64", most)
+    result["train"][STEP] = time_all(eager, "train", STEP, most)
     show("train", result["train"], list(eager))
     return result
 
@@ -246,6 +271,119 @@ def show_ratios(runs: dict) -> None:
             print(f"  memory, of the most frugal peer's {memory_share(runs, species):6.2f}")
 
 
+# ─── Two versions of facet.py ────────────────────────────────────────────────────────────────────
+
+
+def export(commit: str, folder: Path) -> None:
+    """The tree of a commit. SystemExit, in one sentence, for what git cannot give."""
+    command = ["git", "-C", str(ROOT), "archive", "--format=zip", commit]
+    try:
+        packed = subprocess.run(command, capture_output=True, check=True, text=False).stdout
+    except FileNotFoundError:
+        sys.exit("--against: git is not installed")
+    except subprocess.CalledProcessError as error:
+        reason = error.stderr.decode().splitlines()[0]
+        sys.exit(f"--against {commit}: git cannot give that commit ({reason})")
+    zipfile.ZipFile(io.BytesIO(packed)).extractall(folder)
+    if not (folder / "facet.py").exists():
+        sys.exit(f"--against {commit}: has no facet.py")
+
+
+def write_batches(files: tuple[str, ...], path: str) -> None:
+    """The first batches of a training on these files, or on the embedded set, to an extxyz file.
+
+    Prints how many atoms they have on average. In a process of its own, for what Linux counts as
+    the peak memory of a worker begins with that of the process which starts it.
+    """
+    import ase.io
+    from tools.batches import Samples, endless_batches
+    from tools.frames import load_sets
+    from tools.statistics import statistics
+    from train_small import Settings
+
+    settings = Settings(train=files)
+    frames, _, _ = load_sets(settings, ROOT / "runs", None)
+    config, _ = statistics(frames, settings)
+    batches, _ = endless_batches(Samples(frames, config), settings)
+
+    chosen = []
+    for number, rows in enumerate(islice(batches, BATCHES)):
+        for row in rows:
+            atoms = frames[int(row)].copy()  # without labels
+            atoms.info = {"batch": number}
+            chosen.append(atoms)
+    ase.io.write(path, chosen, format="extxyz")
+    print(round(sum(map(len, chosen)) / BATCHES))
+
+
+def jobs_of(args: argparse.Namespace, folder: Path) -> dict[str, tuple[str, str]]:
+    """Job and crystal of each line of the table. Makes the batches of training sets in folder."""
+    sizes = [name for name in CRYSTALS[args.device] if atoms_in(name) in args.sizes]
+    pairs = [*product(("bare", "calculator"), sizes), ("train", STEP)]
+    jobs = {f"{job}, {crystal}": (job, crystal) for job, crystal in pairs}
+
+    def add_batches(title: str, *files: str) -> None:
+        path = str(folder / f"{len(jobs)}.extxyz")
+        code = f"import speed; speed.write_batches({files!r}, {path!r})"
+        said, _, _ = run_program([sys.executable, "-c", code], ROOT / "benchmarks")
+        atoms = said.split()[-1]
+        jobs[f"train, {BATCHES} batches of {title}, {atoms} atoms"] = "train", f"{path} {atoms}"
+
+    add_batches("EMT metals")
+    jobs[f"train, {sizes[-1]}"] = "train", f"1 x {sizes[-1]}"
+    if args.frames:
+        add_batches(Path(args.frames).stem, os.path.abspath(args.frames))
+    return jobs
+
+
+def line(title: str, *cells: str) -> str:
+    widths = (10, 10, 15, 20, 18, 16)
+    return f"{title:46s}" + "".join(f"{c:>{width}s}" for c, width in zip(cells, widths, strict=True))
+
+
+def compare(trees: dict[str, Path], jobs: dict, threads: int, device: str, most: int) -> dict:
+    """Print the table of trees["old"] and trees["new"]; returns their numbers by line."""
+    print(f"{threads} threads, load {os.getloadavg()[0]:.1f}; old → new")
+    print(line("", "old ms", "new ms", "times as fast", "processor ms", "page faults", "MB so far"))
+    table = {}
+    with ExitStack() as stack:
+        workers = {}
+        for name, tree in trees.items():
+            worker = Worker(sys.executable, "Facet", 89, threads, device, tree)
+            workers[name] = stack.enter_context(closing(worker))
+            if worker.error:
+                sys.exit(f"facet.py, {name}: {worker.error}")
+
+        for title, (job, crystal) in jobs.items():
+            found = time_all(workers, job, crystal, most, ("ms", "cpu_ms", "faults"))
+            if len(found) < 2:
+                continue  # it is told why
+            for name, numbers in found.items():
+                numbers["MB"] = 1000 * (numbers["peak_GB"] - workers[name].about["ready_GB"])
+            old, new = found["old"], found["new"]
+            print(line(
+                title, f"{old['ms']:.2f}", f"{new['ms']:.2f}", f"{old['ms'] / new['ms']:.3f}",
+                f"{old['cpu_ms']:.2f} → {new['cpu_ms']:.2f}",
+                f"{old['faults']:.0f} → {new['faults']:.0f}",
+                f"{old['MB']:.0f} → {new['MB']:.0f}"), flush=True)
+            table[title] = found
+    return table
+
+
+def against(args: argparse.Namespace) -> None:
+    """The tables of the commit's facet.py and of the working tree's, for each number of threads."""
+    with tempfile.TemporaryDirectory() as folder:
+        old = Path(folder) / "old"
+        export(args.against, old)
+        jobs = jobs_of(args, Path(folder))
+        for threads in args.threads:
+            most = 3 if args.quick else 9
+            compare({"old": old, "new": ROOT}, jobs, threads, args.device, most)
+
+
+# ─── Command ─────────────────────────────────────────────────────────────────────────────────────
+
+
 def parse() -> argparse.Namespace:
     parser = command_line(__doc__)
     parser.add_argument("--facet", default=sys.executable, metavar="PYTHON",
@@ -262,16 +400,26 @@ def parse() -> argparse.Namespace:
                         help="keep the other numbers of threads or species of the results file")
     parser.add_argument("--quick", action="store_true",
                         help="2 rounds of 8 and 64 atoms; writes nothing")
+    parser.add_argument("--against", metavar="COMMIT",
+                        help="compare facet.py with that of another commit, and nothing else")
+    parser.add_argument("--frames", metavar="FILE",
+                        help="with --against: train on batches of this labelled set, too")
     args = parser.parse_args()
-    args.threads = args.threads or ([1] if args.quick or args.device == "cuda" else [1, 2])
+    alone = args.against is not None
+    one = args.quick or alone or args.device == "cuda"
+    args.threads = args.threads or ([1] if one else [1, 2])
     every = [atoms_in(name) for name in CRYSTALS[args.device]]
-    args.sizes = args.sizes or (every[:2] if args.quick else every)
+    args.sizes = args.sizes or every[:2 if args.quick else 3 if alone else None]
     return args
 
 
 def main() -> None:
     args = parse()
     begin = time.perf_counter()
+    if args.against is not None:
+        against(args)
+        print(f"{time.perf_counter() - begin:.0f} s")
+        return
 
     # The Pythons that there are
     pythons = {}
@@ -305,4 +453,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
