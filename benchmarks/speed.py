@@ -4,8 +4,8 @@
         --nequip envs/nequip/bin/python
     python benchmarks/speed.py --mace … --quick         # 2 rounds, 8 and 64 atoms; writes nothing
     python benchmarks/speed.py --mace … --device cuda   # the same on a GPU
-    python benchmarks/speed.py --against main           # facet.py beside that of a commit: 2 minutes
-    python benchmarks/speed.py --against main --quick   # few rounds, 8 and 64 atoms: 20 seconds
+    python benchmarks/speed.py --against main           # facet.py beside a commit's: 2 minutes
+    python benchmarks/speed.py --against main --quick   # few rounds, 8 and 64 atoms: 30 seconds
 
 benchmarks/README.md tells how to make the environments; a peer without one is left out. Measured
 at one thread and at two, with 89 species (the cost of MACE depends on their number, and SevenNet-0
@@ -24,14 +24,13 @@ after a warm-up: of 3 where one takes more than 7 s or the crystal has more than
 the first, where it takes more than 15 s. Left out is what would need more than 30 s or 16 GB, on a
 GPU 0.9 of its memory. There Facet runs twice, as it is and replayed (tools/replay.py).
 
---against compares two versions of facet.py by these same jobs, at one thread: old is that of the
-commit, measured by the present scripts, new that of the working tree. Besides, it takes a training
-step on 512 atoms, and one on each of five batches as `python train_small.py` makes them, of its own
-data and of --frames FILE. For old → new it prints milliseconds, how many times as fast new is
-(old/new), the processor's milliseconds, the pages of memory that a call is the first to touch
-(minor page faults: fresh memory is slow to get) and the MB that the process has held at most so far
-above the built model: for a call on 512 atoms read them in the last line of "bare", for a training
-step in the line of that. It writes no results.
+--against compares facet.py of a commit (old) and of the working tree (new) in the same way, at one
+thread unless --threads says otherwise, by the present scripts, and writes no results. Besides, it
+trains on five batches in turn as `python train_small.py` makes them, of its own data and of
+--frames FILE, and on 512 atoms. "Times as fast" is old ms over new ms. Page faults are the pages of
+memory that a call is the first to touch: fresh memory is slow to get. MB is the most that the
+process has held so far above the built model: the last "bare" line tells that of a call, the last
+"train" line that of a training step. Bare and calculator take three times as many rounds.
 
 At two threads any other program spoils the times, of small operations most of all: the load is
 kept beside them. Writes benchmarks/results/speed.json and its picture (speed_cuda for a GPU).
@@ -52,15 +51,7 @@ from itertools import islice, product
 from pathlib import Path
 
 import numpy as np
-from common import (
-    ROOT,
-    atoms_in,
-    command_line,
-    environment,
-    read_results,
-    run_program,
-    write_results,
-)
+from common import ROOT, atoms_in, command_line, environment, read_results, write_results
 from summary import M64, M128, NEQUIP, memory_share, speed_ratio
 
 # The option that names a Python, by a model's first word
@@ -278,7 +269,7 @@ def export(commit: str, folder: Path) -> None:
     """The tree of a commit. SystemExit, in one sentence, for what git cannot give."""
     command = ["git", "-C", str(ROOT), "archive", "--format=zip", commit]
     try:
-        packed = subprocess.run(command, capture_output=True, check=True, text=False).stdout
+        packed = subprocess.run(command, capture_output=True, check=True).stdout
     except FileNotFoundError:
         sys.exit("--against: git is not installed")
     except subprocess.CalledProcessError as error:
@@ -296,89 +287,115 @@ def write_batches(files: tuple[str, ...], path: str) -> None:
     the peak memory of a worker begins with that of the process which starts it.
     """
     import ase.io
+
     from tools.batches import Samples, endless_batches
-    from tools.frames import load_sets
+    from tools.frames import BadInput, load_sets
     from tools.statistics import statistics
     from train_small import Settings
 
+    # The order in which the trainer takes the frames
     settings = Settings(train=files)
-    frames, _, _ = load_sets(settings, ROOT / "runs", None)
-    config, _ = statistics(frames, settings)
-    batches, _ = endless_batches(Samples(frames, config), settings)
+    try:
+        frames, _, _ = load_sets(settings, ROOT / "runs", None)
+        config, _ = statistics(frames, settings)
+        batches, _ = endless_batches(Samples(frames, config), settings)
+    except BadInput as error:
+        sys.exit(str(error))
 
+    # Its first batches, without labels
     chosen = []
     for number, rows in enumerate(islice(batches, BATCHES)):
         for row in rows:
-            atoms = frames[int(row)].copy()  # without labels
+            atoms = frames[int(row)].copy()
             atoms.info = {"batch": number}
             chosen.append(atoms)
     ase.io.write(path, chosen, format="extxyz")
     print(round(sum(map(len, chosen)) / BATCHES))
 
 
-def jobs_of(args: argparse.Namespace, folder: Path) -> dict[str, tuple[str, str]]:
-    """Job and crystal of each line of the table. Makes the batches of training sets in folder."""
+def batches_of(files: tuple[str, ...], path: Path) -> str:
+    """What a worker knows the batches of a training set by. SystemExit if it cannot be read."""
+    code = f"import speed; speed.write_batches({files!r}, {str(path)!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "benchmarks",
+                          capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr.splitlines()[-1])
+    return f"{path} {done.stdout.split()[-1]}"
+
+
+def jobs_of(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, str]]:
+    """The crystals of each job, by what the table calls them, the largest last.
+
+    Writes the batches of training sets to the folder.
+    """
     sizes = [name for name in CRYSTALS[args.device] if atoms_in(name) in args.sizes]
-    pairs = [*product(("bare", "calculator"), sizes), ("train", STEP)]
-    jobs = {f"{job}, {crystal}": (job, crystal) for job, crystal in pairs}
-
-    def add_batches(title: str, *files: str) -> None:
-        path = str(folder / f"{len(jobs)}.extxyz")
-        code = f"import speed; speed.write_batches({files!r}, {path!r})"
-        said, _, _ = run_program([sys.executable, "-c", code], ROOT / "benchmarks")
-        atoms = said.split()[-1]
-        jobs[f"train, {BATCHES} batches of {title}, {atoms} atoms"] = "train", f"{path} {atoms}"
-
-    add_batches("EMT metals")
-    jobs[f"train, {sizes[-1]}"] = "train", f"1 x {sizes[-1]}"
+    sets = {"EMT metals": ()}
     if args.frames:
-        add_batches(Path(args.frames).stem, os.path.abspath(args.frames))
-    return jobs
+        sets[Path(args.frames).name] = (os.path.abspath(args.frames),)
+    train = {}
+    for number, (name, files) in enumerate(sets.items()):
+        crystal = batches_of(files, folder / f"{number}.extxyz")
+        train[f"{BATCHES} x {atoms_in(crystal)} of {name}"] = crystal
+
+    same = {name: name for name in sizes}
+    return {"bare": same, "calculator": same,
+            "train": train | {name: name for name in (STEP, f"1 x {sizes[-1]}")}}
 
 
 def line(title: str, *cells: str) -> str:
-    widths = (10, 10, 15, 20, 18, 16)
-    return f"{title:46s}" + "".join(f"{c:>{width}s}" for c, width in zip(cells, widths, strict=True))
+    """A line of the table: old and new ms, times as fast, and old → new of the others."""
+    padded = [cell.rjust(width) for cell, width in zip(cells, (9, 9, 15, 19, 15, 12), strict=True)]
+    return title.ljust(32) + "".join(padded)
 
 
-def compare(trees: dict[str, Path], jobs: dict, threads: int, device: str, most: int) -> dict:
-    """Print the table of trees["old"] and trees["new"]; returns their numbers by line."""
-    print(f"{threads} threads, load {os.getloadavg()[0]:.1f}; old → new")
-    print(line("", "old ms", "new ms", "times as fast", "processor ms", "page faults", "MB so far"))
-    table = {}
+def row(title: str, old: dict, new: dict) -> str:
+    """The line of one crystal. Above 1 times as fast: the new version takes less time."""
+    cells = [f"{old['ms']:.2f}", f"{new['ms']:.2f}", f"{old['ms'] / new['ms']:.3f}"]
+    for key, digits in (("cpu_ms", 2), ("faults", 0), ("MB", 0)):
+        cells.append(f"{old[key]:.{digits}f} → {new[key]:.{digits}f}")
+    return line(title, *cells)
+
+
+def compare(trees: dict[str, Path], job: str, crystals: dict[str, str], threads: int, device: str,
+            most: int) -> None:
+    """Print a line for each crystal: the facet.py in trees["old"] and in trees["new"].
+
+    In fresh processes: what one held before changes how fast it gets memory.
+    """
     with ExitStack() as stack:
         workers = {}
-        for name, tree in trees.items():
+        for version, tree in trees.items():
             worker = Worker(sys.executable, "Facet", 89, threads, device, tree)
-            workers[name] = stack.enter_context(closing(worker))
+            workers[version] = stack.enter_context(closing(worker))
             if worker.error:
-                sys.exit(f"facet.py, {name}: {worker.error}")
+                sys.exit(f"facet.py, {version}: {worker.error}")
 
-        for title, (job, crystal) in jobs.items():
+        for name, crystal in crystals.items():
             found = time_all(workers, job, crystal, most, ("ms", "cpu_ms", "faults"))
-            if len(found) < 2:
-                continue  # it is told why
-            for name, numbers in found.items():
-                numbers["MB"] = 1000 * (numbers["peak_GB"] - workers[name].about["ready_GB"])
-            old, new = found["old"], found["new"]
-            print(line(
-                title, f"{old['ms']:.2f}", f"{new['ms']:.2f}", f"{old['ms'] / new['ms']:.3f}",
-                f"{old['cpu_ms']:.2f} → {new['cpu_ms']:.2f}",
-                f"{old['faults']:.0f} → {new['faults']:.0f}",
-                f"{old['MB']:.0f} → {new['MB']:.0f}"), flush=True)
-            table[title] = found
-    return table
+            for version, numbers in found.items():
+                ready = workers[version].about["ready_GB"]
+                numbers["MB"] = 1000 * (numbers["peak_GB"] - ready)
+            if len(found) == 2:  # else time_all has said why not
+                print(row(f"{job}, {name}", **found), flush=True)
 
 
 def against(args: argparse.Namespace) -> None:
     """The tables of the commit's facet.py and of the working tree's, for each number of threads."""
     with tempfile.TemporaryDirectory() as folder:
-        old = Path(folder) / "old"
-        export(args.against, old)
+        trees = {"old": Path(folder) / "old", "new": ROOT}
+        export(args.against, trees["old"])
         jobs = jobs_of(args, Path(folder))
+        most = 3 if args.quick else 9
+        print(f"facet.py, old: {args.against}, new: the working tree's")
         for threads in args.threads:
-            most = 3 if args.quick else 9
-            compare({"old": old, "new": ROOT}, jobs, threads, args.device, most)
+            run = {"threads": threads, "device": args.device}
+            print(f"{title(run)}, load {os.getloadavg()[0]:.1f}")
+            print(line("", "old ms", "new ms", "times as fast", "processor ms", "page faults",
+                       "MB so far"))
+            for job, crystals in jobs.items():
+                # Calls are short, and the more of them there are, the less a median wavers
+                rounds = most if job == "train" else 3 * most
+                compare(trees, job, crystals, threads, args.device, rounds)
 
 
 # ─── Command ─────────────────────────────────────────────────────────────────────────────────────
@@ -410,6 +427,10 @@ def parse() -> argparse.Namespace:
     args.threads = args.threads or ([1] if one else [1, 2])
     every = [atoms_in(name) for name in CRYSTALS[args.device]]
     args.sizes = args.sizes or every[:2 if args.quick else 3 if alone else None]
+    if not set(args.sizes) <= set(every):
+        parser.error(f"--sizes: there are {' '.join(map(str, every))}")
+    if args.frames and not (alone and os.path.exists(args.frames)):
+        parser.error(f"--frames {args.frames}: no such file" if alone else "--frames: no --against")
     return args
 
 
