@@ -370,6 +370,7 @@ def compare(trees: dict[str, Path], job: str, crystals: dict[str, str], threads:
             if worker.error:
                 sys.exit(f"facet.py, {version}: {worker.error}")
 
+        # MB counts from the built model
         for name, crystal in crystals.items():
             found = time_all(workers, job, crystal, most, ("ms", "cpu_ms", "faults"))
             for version, numbers in found.items():

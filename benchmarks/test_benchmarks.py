@@ -214,13 +214,11 @@ def forward(self, *args, usual=Facet.forward, **options):
 Facet.forward = forward
 """
     (tmp_path / "facet.py").write_text(slow, encoding="utf-8")
-    for job, crystal in (("bare", "Si 8"), ("train", "2 x Si 8")):
-        speed.compare({"old": tmp_path, "new": ROOT}, job, {crystal: crystal}, 1, "cpu", 1)
-        printed, = capsys.readouterr().out.splitlines()
-        assert printed.startswith(f"{job}, {crystal} ")
-        old, new, ratio = map(float, printed.removeprefix(f"{job}, {crystal}").split()[:3])
-        assert 200 < old and new < old and ratio == pytest.approx(old / new, rel=0.01)
-        assert printed.count(" → ") == 3
+    speed.compare({"old": tmp_path, "new": ROOT}, "bare", {"Si 8": "Si 8"}, 1, "cpu", 1)
+    printed = capsys.readouterr().out.split()
+    assert printed[:3] == ["bare,", "Si", "8"] and printed.count("→") == 3
+    old, new, ratio = map(float, printed[3:6])
+    assert 200 < old and new < old and ratio == pytest.approx(old / new, rel=0.01)
 
 
 def test_ratio_says_how_many_times_as_fast_the_new_version_is():
@@ -248,13 +246,23 @@ def test_lines_of_the_table_of_two_versions(tmp_path, monkeypatch):
         "train": ["5 x 69 of EMT metals", "5 x 69 of my.xyz", "4 x Si 64", "1 x Si 64"]}
 
 
-def test_batches_of_a_training_set_come_back_as_they_were_drawn(tmp_path):
+def test_batches_of_a_training_set_come_back_as_they_were_drawn(tmp_path, monkeypatch):
     import ase.build
     import ase.io
     import peers
     import speed
     from ase.calculators.singlepoint import SinglePointCalculator
 
+    def in_this_process(command, **_):
+        said = io.StringIO()
+        try:
+            with redirect_stdout(said):
+                exec(command[2])
+            return subprocess.CompletedProcess(command, 0, said.getvalue(), "")
+        except SystemExit as end:
+            return subprocess.CompletedProcess(command, 1, "", f"a warning\n{end.code}\n")
+
+    monkeypatch.setattr(subprocess, "run", in_this_process)
     frames = []
     for a in np.linspace(3.5, 4.0, 20):
         atoms = ase.build.bulk("Cu", a=a, cubic=True)
