@@ -5,7 +5,7 @@
     python benchmarks/speed.py --mace … --quick         # 2 rounds, 8 and 64 atoms; writes nothing
     python benchmarks/speed.py --mace … --device cuda   # the same on a GPU
     python benchmarks/speed.py --against main           # facet.py beside a commit's: 2 minutes
-    python benchmarks/speed.py --against main --quick   # few rounds, 8 and 64 atoms: 30 seconds
+    python benchmarks/speed.py --against main --quick   # few rounds, 8 and 64 atoms: 45 seconds
 
 benchmarks/README.md tells how to make the environments; a peer without one is left out. Measured
 at one thread and at two, with 89 species (the cost of MACE depends on their number, and SevenNet-0
@@ -338,8 +338,8 @@ def jobs_of(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, str]]
         train[f"{BATCHES} x {atoms_in(crystal)} of {name}"] = crystal
 
     same = {name: name for name in sizes}
-    return {"bare": same, "calculator": same,
-            "train": train | {name: name for name in (STEP, f"1 x {sizes[-1]}")}}
+    train |= {name: name for name in (STEP, f"1 x {sizes[-1]}")}
+    return {"bare": same, "calculator": same, "train": train}
 
 
 def line(title: str, *cells: str) -> str:
@@ -370,9 +370,10 @@ def compare(trees: dict[str, Path], job: str, crystals: dict[str, str], threads:
             if worker.error:
                 sys.exit(f"facet.py, {version}: {worker.error}")
 
-        # MB counts from the built model
         for name, crystal in crystals.items():
             found = time_all(workers, job, crystal, most, ("ms", "cpu_ms", "faults"))
+
+            # Memory counts from the built model
             for version, numbers in found.items():
                 ready = workers[version].about["ready_GB"]
                 numbers["MB"] = 1000 * (numbers["peak_GB"] - ready)
@@ -424,8 +425,8 @@ def parse() -> argparse.Namespace:
                         help="with --against: train on batches of this labelled set, too")
     args = parser.parse_args()
     alone = args.against is not None
-    one = args.quick or alone or args.device == "cuda"
-    args.threads = args.threads or ([1] if one else [1, 2])
+    one_thread = args.quick or alone or args.device == "cuda"
+    args.threads = args.threads or ([1] if one_thread else [1, 2])
     every = [atoms_in(name) for name in CRYSTALS[args.device]]
     args.sizes = args.sizes or every[:2 if args.quick else 3 if alone else None]
     if not set(args.sizes) <= set(every):
