@@ -4,8 +4,9 @@
 
 speed.py starts it with the Python of the model's package. A worker reads one JSON line per job from
 its standard input and answers with one: {"job": "bare", "crystal": "Si 64"} gives {"ms": …,
-"cpu_ms": …, "faults": …, "peak_GB": …}, faults being the pages of memory that the call was the
-first to touch. It prepares what the job needs, then times one call of it:
+"cpu_ms": …, "faults": …, "MB": …, "peak_GB": …}. Faults are the pages of memory that the call was
+the first to touch; MB is the growth of the peak since the first job was prepared. It prepares what
+the job needs, then times one call of it:
 
     bare         energy, forces and stress of the model alone, neighbours given
     calculator   the same through the package's ASE calculator, positions new every time,
@@ -392,6 +393,7 @@ class Worker:
         self.device = args.device
         self.latest = None
         self.call = None
+        self.prepared_GB = None  # peak when the first job was ready
         self.about = {
             "parameters": sum(p.numel() for p in self.peer.trainable),
             "ready_GB": peak(args.device),
@@ -405,6 +407,7 @@ class Worker:
             self.peer.prepare(training=request["job"] == "train")
             self.call = JOBS[request["job"]](self.peer, request["crystal"])
             self.latest = request
+            self.prepared_GB = self.prepared_GB or peak(self.device)
         synchronize = torch.cuda.synchronize if self.device == "cuda" else lambda: None
         synchronize()
         faults = page_faults()
@@ -414,7 +417,9 @@ class Worker:
         ms = 1000 * (time.perf_counter() - start)
         cpu_ms = 1000 * (time.process_time() - cpu)
         faults = page_faults() - faults
-        return {"ms": ms, "cpu_ms": cpu_ms, "faults": faults, "peak_GB": peak(self.device)}
+        most = peak(self.device)
+        return {"ms": ms, "cpu_ms": cpu_ms, "faults": faults,
+                "MB": 1000 * (most - self.prepared_GB), "peak_GB": most}
 
 
 def attempt(function: Callable, *args):

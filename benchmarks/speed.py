@@ -28,9 +28,10 @@ GPU 0.9 of its memory. There Facet runs twice, as it is and replayed (tools/repl
 thread unless --threads says otherwise, by the present scripts, and writes no results. Besides, it
 trains on five batches in turn as `python train_small.py` makes them, of its own data and of
 --frames FILE, and on 512 atoms. "Times as fast" is old ms over new ms. Page faults are the pages of
-memory that a call is the first to touch: fresh memory is slow to get. MB is the most that the
-process has held so far above the built model: the last "bare" line tells that of a call, the last
-"train" line that of a training step. Bare and calculator take three times as many rounds.
+memory that a call is the first to touch: fresh memory is slow to get. MB is by how much the process
+has grown at most so far since the model and the first crystal were there, as density.py --sums
+measures it: the last "bare" line tells that of a call, the last "train" line that of a step. Bare
+and calculator take three times as many rounds as training.
 
 At two threads any other program spoils the times, of small operations most of all: the load is
 kept beside them. Writes benchmarks/results/speed.json and its picture (speed_cuda for a GPU).
@@ -371,12 +372,7 @@ def compare(trees: dict[str, Path], job: str, crystals: dict[str, str], threads:
                 sys.exit(f"facet.py, {version}: {worker.error}")
 
         for name, crystal in crystals.items():
-            found = time_all(workers, job, crystal, most, ("ms", "cpu_ms", "faults"))
-
-            # Memory counts from the built model
-            for version, numbers in found.items():
-                ready = workers[version].about["ready_GB"]
-                numbers["MB"] = 1000 * (numbers["peak_GB"] - ready)
+            found = time_all(workers, job, crystal, most, ("ms", "cpu_ms", "faults", "MB"))
             if len(found) == 2:  # else time_all has said why not
                 print(row(f"{job}, {name}", **found), flush=True)
 
