@@ -4,13 +4,15 @@
 
 speed.py starts it with the Python of the model's package. A worker reads one JSON line per job from
 its standard input and answers with one: {"job": "bare", "crystal": "Si 64"} gives {"ms": …,
-"cpu_ms": …, "peak_GB": …}. It prepares what the job needs, then times one call of it:
+"cpu_ms": …, "faults": …, "MB": …, "peak_GB": …}. Faults are the pages of memory that the call was
+the first to touch; MB is the growth of the peak since the first job was prepared. It prepares what
+the job needs, then times one call of it:
 
     bare         energy, forces and stress of the model alone, neighbours given
     calculator   the same through the package's ASE calculator, positions new every time,
                  neighbour list included
-    train        forward, backward and an Adam step for four rattled copies of the crystal,
-                 loss on energy and forces
+    train        forward, backward and an Adam step, loss on energy and forces, for "4 x Si 64",
+                 four rattled copies; for "batches.extxyz 90" such a step on each batch of the file
 
 Weights are random but for SevenNet-0: time does not depend on them. Everything is in float32,
 cutoff 5 Å, and without a gradient for the weights (as MACE's calculator does it) but in training.
@@ -24,13 +26,15 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 
+import ase.io
 import numpy as np
 import torch
 from ase import Atoms
 from ase.data import atomic_numbers, chemical_symbols
-from common import command_line, peak_GB, silicon, versions
+from common import ROOT, command_line, peak_GB, silicon, versions
 
 CUTOFF = 5.0  # Å
 SPECIES = {4: ["Na", "Si", "Cl", "Mo"], 89: chemical_symbols[1:90]}  # SevenNet-0 has 89
@@ -43,6 +47,21 @@ def crystal(name: str) -> Atoms:
     if kind != "Si" or len(made) != int(count):
         raise ValueError(f"there is no crystal {name}: silicon comes in 8 n³ atoms")
     return made
+
+
+def batches(name: str) -> list[list[Atoms]]:
+    """The one batch of "4 x Si 64"; those of a file, whose frames tell theirs in info["batch"]."""
+    file, _, _ = name.rpartition(" ")
+    if file.endswith(".extxyz"):
+        grouped = groupby(ase.io.read(file, ":"), lambda atoms: atoms.info["batch"])
+        return [list(frames) for _, frames in grouped]
+
+    count, _, one = name.partition(" x ")
+    rng = np.random.default_rng(2)
+    copies = [crystal(one) for _ in range(int(count))]
+    for copy in copies:
+        copy.positions += rng.normal(0, 0.05, copy.positions.shape)
+    return [copies]
 
 
 # ─── The models ──────────────────────────────────────────────────────────────────────────────────
@@ -302,12 +321,13 @@ PEERS = {"Facet": Facet, "MACE": Mace, "SevenNet-0": SevenNet, "NequIP": NequIP}
 # ─── The jobs ────────────────────────────────────────────────────────────────────────────────────
 
 
-def bare(peer: Peer, atoms: Atoms) -> Callable:
-    graph = peer.graph([atoms])
+def bare(peer: Peer, name: str) -> Callable:
+    graph = peer.graph([crystal(name)])
     return lambda: peer.evaluate(graph)
 
 
-def calculator(peer: Peer, atoms: Atoms) -> Callable:
+def calculator(peer: Peer, name: str) -> Callable:
+    atoms = crystal(name)
     made = peer.calculator()
     rng = np.random.default_rng(1)
     home = atoms.positions.copy()
@@ -319,23 +339,20 @@ def calculator(peer: Peer, atoms: Atoms) -> Callable:
     return calculate
 
 
-def train(peer: Peer, atoms: Atoms) -> Callable:
+def train(peer: Peer, name: str) -> Callable:
     """Targets are zeros: what they are makes no difference to the time."""
-    rng = np.random.default_rng(2)
-    crystals = [atoms.copy() for _ in range(4)]
-    for copy in crystals:
-        copy.positions += rng.normal(0, 0.05, copy.positions.shape)
-    graph = peer.graph(crystals)
+    made = [(peer.graph(batch), sum(map(len, batch)) / len(batch)) for batch in batches(name)]
     optimizer = torch.optim.Adam(peer.trainable, lr=1e-5)
 
-    def step():
-        optimizer.zero_grad()
-        energy, forces = peer.predict(graph)
-        loss = (energy / len(atoms)).square().mean() + forces.square().mean()
-        loss.backward()
-        optimizer.step()
+    def steps():
+        for graph, mean_atoms in made:
+            optimizer.zero_grad()
+            energy, forces = peer.predict(graph)
+            loss = (energy / mean_atoms).square().mean() + forces.square().mean()
+            loss.backward()
+            optimizer.step()
 
-    return step
+    return steps
 
 
 JOBS = {"bare": bare, "calculator": calculator, "train": train}
@@ -349,6 +366,13 @@ def peak(device: str) -> float:
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     return peak_GB()
+
+
+def page_faults() -> int:
+    """Pages of memory that this process was the first to touch, so far."""
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def limit(device: str) -> float:
@@ -369,6 +393,7 @@ class Worker:
         self.device = args.device
         self.latest = None
         self.call = None
+        self.prepared_GB = None  # peak when the first job was ready
         self.about = {
             "parameters": sum(p.numel() for p in self.peer.trainable),
             "ready_GB": peak(args.device),
@@ -380,16 +405,21 @@ class Worker:
         if request != self.latest:
             self.call = None  # frees the last one's memory
             self.peer.prepare(training=request["job"] == "train")
-            self.call = JOBS[request["job"]](self.peer, crystal(request["crystal"]))
+            self.call = JOBS[request["job"]](self.peer, request["crystal"])
             self.latest = request
+            self.prepared_GB = self.prepared_GB or peak(self.device)
         synchronize = torch.cuda.synchronize if self.device == "cuda" else lambda: None
         synchronize()
+        faults = page_faults()
         start, cpu = time.perf_counter(), time.process_time()
         self.call()
         synchronize()
         ms = 1000 * (time.perf_counter() - start)
         cpu_ms = 1000 * (time.process_time() - cpu)
-        return {"ms": ms, "cpu_ms": cpu_ms, "peak_GB": peak(self.device)}
+        faults = page_faults() - faults
+        most = peak(self.device)
+        return {"ms": ms, "cpu_ms": cpu_ms, "faults": faults,
+                "MB": 1000 * (most - self.prepared_GB), "peak_GB": most}
 
 
 def attempt(function: Callable, *args):
@@ -411,7 +441,10 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, default=Path("runs/speed"), help="where compiled models are kept"
     )
+    parser.add_argument("--tree", default=str(ROOT), metavar="FOLDER",
+                        help="whose facet.py is measured; by default that of this repository")
     args = parser.parse_args()
+    sys.path.insert(0, args.tree)
     warnings.simplefilter("ignore")
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what the packages print goes to standard error

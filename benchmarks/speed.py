@@ -4,6 +4,8 @@
         --nequip envs/nequip/bin/python
     python benchmarks/speed.py --mace … --quick         # 2 rounds, 8 and 64 atoms; writes nothing
     python benchmarks/speed.py --mace … --device cuda   # the same on a GPU
+    python benchmarks/speed.py --against main           # facet.py beside a commit's: 2 minutes
+    python benchmarks/speed.py --against main --quick   # few rounds, 8 and 64 atoms: 45 seconds
 
 benchmarks/README.md tells how to make the environments; a peer without one is left out. Measured
 at one thread and at two, with 89 species (the cost of MACE depends on their number, and SevenNet-0
@@ -22,19 +24,32 @@ after a warm-up: of 3 where one takes more than 7 s or the crystal has more than
 the first, where it takes more than 15 s. Left out is what would need more than 30 s or 16 GB, on a
 GPU 0.9 of its memory. There Facet runs twice, as it is and replayed (tools/replay.py).
 
+--against compares facet.py of a commit (old) and of the working tree (new) in the same way, at one
+thread unless --threads says otherwise, by the present scripts, and writes no results. Besides, it
+trains on five batches in turn as `python train_small.py` makes them, of its own data and of
+--frames FILE, and on 512 atoms. "Times as fast" is old ms over new ms. Page faults are the pages of
+memory that a call is the first to touch: fresh memory is slow to get. MB is by how much the process
+has grown at most so far since the model and the first crystal were there, as density.py --sums
+measures it: the last "bare" line tells that of a call, the last "train" line that of a step. Bare
+and calculator take three times as many rounds as training.
+
 At two threads any other program spoils the times, of small operations most of all: the load is
 kept beside them. Writes benchmarks/results/speed.json and its picture (speed_cuda for a GPU).
 """
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
-from contextlib import suppress
-from itertools import product
+import zipfile
+from contextlib import ExitStack, closing, suppress
+from itertools import islice, product
+from pathlib import Path
 
 import numpy as np
 from common import ROOT, atoms_in, command_line, environment, read_results, write_results
@@ -52,6 +67,7 @@ CRYSTALS = {
     "cpu": ["Si 8", "Si 64", "Si 512", "Si 4096"],
     "cuda": ["Si 8", "Si 64", "Si 512", "Si 4096", "Si 32768", "Si 110592"]}
 STEP = "4 x Si 64"
+BATCHES = 5  # of a training set, for --against
 
 
 # ─── The workers ─────────────────────────────────────────────────────────────────────────────────
@@ -60,11 +76,12 @@ STEP = "4 x Si 64"
 class Worker:
     """A model in its own process. about: what it said of itself; error: why it is of no use."""
 
-    def __init__(self, python: str, model: str, species: int, threads: int, device: str):
+    def __init__(self, python: str, model: str, species: int, threads: int, device: str,
+                 tree: Path = ROOT):
         count = str(threads)
         environment = {**os.environ, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
         command = [python, "benchmarks/peers.py", model, "--species", str(species)]
-        command += ["--threads", count, "--device", device]
+        command += ["--threads", count, "--device", device, "--tree", str(tree)]
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
@@ -112,8 +129,9 @@ def rounds_of(seconds: float, atoms: int, most: int) -> int:
     return min(3, most) if seconds > 7 or atoms > 512 else most
 
 
-def time_all(workers: dict[str, Worker], job: str, crystal: str, most: int) -> dict[str, dict]:
-    """Median ms of each model; one timed call of each in a round.
+def time_all(workers: dict[str, Worker], job: str, crystal: str, most: int,
+             numbers: tuple[str, ...] = ("ms", "cpu_ms")) -> dict[str, dict]:
+    """Medians of these numbers for each model; one timed call of each in a round.
 
     Before them the warm-up, two calls for a training step: e3nn's TorchScript is slow until it has
     seen its inputs twice.
@@ -140,8 +158,7 @@ def time_all(workers: dict[str, Worker], job: str, crystal: str, most: int) -> d
     for name, answers in times.items():
         answers = [answer for answer in answers if "ms" in answer] or [warm_up[name]]
         result[name] = {
-            "ms": float(np.median([answer["ms"] for answer in answers])),
-            "cpu_ms": float(np.median([answer["cpu_ms"] for answer in answers])),
+            **{key: float(np.median([answer[key] for answer in answers])) for key in numbers},
             "rounds": len(answers),
             "peak_GB": max(answer["peak_GB"] for answer in answers)}
     return result
@@ -200,7 +217,7 @@ def measure(workers: dict[str, Worker], crystals: list[str], most: int, calculat
 
     eager = {name: worker for name, worker in workers.items()
              if "compiled" not in name and "replayed" not in name}
-    result["train"][STEP] = time_all(eager, "train", "Si 64", most)
+    result["train"][STEP] = time_all(eager, "train", STEP, most)
     show("train", result["train"], list(eager))
     return result
 
@@ -246,6 +263,142 @@ def show_ratios(runs: dict) -> None:
             print(f"  memory, of the most frugal peer's {memory_share(runs, species):6.2f}")
 
 
+# ─── Two versions of facet.py ────────────────────────────────────────────────────────────────────
+
+
+def export(commit: str, folder: Path) -> None:
+    """The tree of a commit. SystemExit, in one sentence, for what git cannot give."""
+    command = ["git", "-C", str(ROOT), "archive", "--format=zip", commit]
+    try:
+        packed = subprocess.run(command, capture_output=True, check=True).stdout
+    except FileNotFoundError:
+        sys.exit("--against: git is not installed")
+    except subprocess.CalledProcessError as error:
+        reason = error.stderr.decode().splitlines()[0]
+        sys.exit(f"--against {commit}: git cannot give that commit ({reason})")
+    zipfile.ZipFile(io.BytesIO(packed)).extractall(folder)
+    if not (folder / "facet.py").exists():
+        sys.exit(f"--against {commit}: has no facet.py")
+
+
+def write_batches(files: tuple[str, ...], path: str) -> None:
+    """The first batches of a training on these files, or on the embedded set, to an extxyz file.
+
+    Prints how many atoms they have on average. In a process of its own, for what Linux counts as
+    the peak memory of a worker begins with that of the process which starts it.
+    """
+    import ase.io
+
+    from tools.batches import Samples, endless_batches
+    from tools.frames import BadInput, load_sets
+    from tools.statistics import statistics
+    from train_small import Settings
+
+    # The order in which the trainer takes the frames
+    settings = Settings(train=files)
+    try:
+        frames, _, _ = load_sets(settings, ROOT / "runs", None)
+        config, _ = statistics(frames, settings)
+        batches, _ = endless_batches(Samples(frames, config), settings)
+    except BadInput as error:
+        sys.exit(str(error))
+
+    # Its first batches, without labels
+    chosen = []
+    for number, rows in enumerate(islice(batches, BATCHES)):
+        for row in rows:
+            atoms = frames[int(row)].copy()
+            atoms.info = {"batch": number}
+            chosen.append(atoms)
+    ase.io.write(path, chosen, format="extxyz")
+    print(round(sum(map(len, chosen)) / BATCHES))
+
+
+def batches_of(files: tuple[str, ...], path: Path) -> str:
+    """What a worker knows the batches of a training set by. SystemExit if it cannot be read."""
+    code = f"import speed; speed.write_batches({files!r}, {str(path)!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "benchmarks",
+                          capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr.splitlines()[-1])
+    return f"{path} {done.stdout.split()[-1]}"
+
+
+def jobs_of(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, str]]:
+    """The crystals of each job, by what the table calls them, the largest last.
+
+    Writes the batches of training sets to the folder.
+    """
+    sizes = [name for name in CRYSTALS[args.device] if atoms_in(name) in args.sizes]
+    sets = {"EMT metals": ()}
+    if args.frames:
+        sets[Path(args.frames).name] = (os.path.abspath(args.frames),)
+    train = {}
+    for number, (name, files) in enumerate(sets.items()):
+        crystal = batches_of(files, folder / f"{number}.extxyz")
+        train[f"{BATCHES} x {atoms_in(crystal)} of {name}"] = crystal
+
+    same = {name: name for name in sizes}
+    train |= {name: name for name in (STEP, f"1 x {sizes[-1]}")}
+    return {"bare": same, "calculator": same, "train": train}
+
+
+def line(title: str, *cells: str) -> str:
+    """A line of the table: old and new ms, times as fast, and old → new of the others."""
+    padded = [cell.rjust(width) for cell, width in zip(cells, (9, 9, 15, 19, 15, 12), strict=True)]
+    return title.ljust(32) + "".join(padded)
+
+
+def row(title: str, old: dict, new: dict) -> str:
+    """The line of one crystal. Above 1 times as fast: the new version takes less time."""
+    cells = [f"{old['ms']:.2f}", f"{new['ms']:.2f}", f"{old['ms'] / new['ms']:.3f}"]
+    for key, digits in (("cpu_ms", 2), ("faults", 0), ("MB", 0)):
+        cells.append(f"{old[key]:.{digits}f} → {new[key]:.{digits}f}")
+    return line(title, *cells)
+
+
+def compare(trees: dict[str, Path], job: str, crystals: dict[str, str], threads: int, device: str,
+            most: int) -> None:
+    """Print a line for each crystal: the facet.py in trees["old"] and in trees["new"].
+
+    In fresh processes: what one held before changes how fast it gets memory.
+    """
+    with ExitStack() as stack:
+        workers = {}
+        for version, tree in trees.items():
+            worker = Worker(sys.executable, "Facet", 89, threads, device, tree)
+            workers[version] = stack.enter_context(closing(worker))
+            if worker.error:
+                sys.exit(f"facet.py, {version}: {worker.error}")
+
+        for name, crystal in crystals.items():
+            found = time_all(workers, job, crystal, most, ("ms", "cpu_ms", "faults", "MB"))
+            if len(found) == 2:  # else time_all has said why not
+                print(row(f"{job}, {name}", **found), flush=True)
+
+
+def against(args: argparse.Namespace) -> None:
+    """The tables of the commit's facet.py and of the working tree's, for each number of threads."""
+    with tempfile.TemporaryDirectory() as folder:
+        trees = {"old": Path(folder) / "old", "new": ROOT}
+        export(args.against, trees["old"])
+        jobs = jobs_of(args, Path(folder))
+        most = 3 if args.quick else 9
+        print(f"facet.py, old: {args.against}, new: the working tree's")
+        for threads in args.threads:
+            run = {"threads": threads, "device": args.device}
+            print(f"{title(run)}, load {os.getloadavg()[0]:.1f}")
+            print(line("", "old ms", "new ms", "times as fast", "processor ms", "page faults",
+                       "MB so far"))
+            for job, crystals in jobs.items():
+                # Calls are short, and the more of them there are, the less a median wavers
+                rounds = most if job == "train" else 3 * most
+                compare(trees, job, crystals, threads, args.device, rounds)
+
+
+# ─── Command ─────────────────────────────────────────────────────────────────────────────────────
+
+
 def parse() -> argparse.Namespace:
     parser = command_line(__doc__)
     parser.add_argument("--facet", default=sys.executable, metavar="PYTHON",
@@ -262,16 +415,30 @@ def parse() -> argparse.Namespace:
                         help="keep the other numbers of threads or species of the results file")
     parser.add_argument("--quick", action="store_true",
                         help="2 rounds of 8 and 64 atoms; writes nothing")
+    parser.add_argument("--against", metavar="COMMIT",
+                        help="compare facet.py with that of another commit, and nothing else")
+    parser.add_argument("--frames", metavar="FILE",
+                        help="with --against: train on batches of this labelled set, too")
     args = parser.parse_args()
-    args.threads = args.threads or ([1] if args.quick or args.device == "cuda" else [1, 2])
+    alone = args.against is not None
+    one_thread = args.quick or alone or args.device == "cuda"
+    args.threads = args.threads or ([1] if one_thread else [1, 2])
     every = [atoms_in(name) for name in CRYSTALS[args.device]]
-    args.sizes = args.sizes or (every[:2] if args.quick else every)
+    args.sizes = args.sizes or every[:2 if args.quick else 3 if alone else None]
+    if not set(args.sizes) <= set(every):
+        parser.error(f"--sizes: there are {' '.join(map(str, every))}")
+    if args.frames and not (alone and os.path.exists(args.frames)):
+        parser.error(f"--frames {args.frames}: no such file" if alone else "--frames: no --against")
     return args
 
 
 def main() -> None:
     args = parse()
     begin = time.perf_counter()
+    if args.against is not None:
+        against(args)
+        print(f"{time.perf_counter() - begin:.0f} s")
+        return
 
     # The Pythons that there are
     pythons = {}
@@ -305,4 +472,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

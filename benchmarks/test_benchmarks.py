@@ -1,9 +1,11 @@
-"""Tests of benchmarks/: pages against results, files, commands. Nothing is measured."""
+"""Tests of benchmarks/: pages against results, files, commands. One of them measures, roughly."""
 import ast
 import io
 import json
 import re
 import runpy
+import shutil
+import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
@@ -193,6 +195,116 @@ def test_scripts_refuse_what_they_do_not_have():
             ("relax.py", ["--data", ".", "--facet", "nowhere.pt"]), ("pictures.py", ["nothing"])):
         status, said = run(script, *words)
         assert status == 2 and "no such" in said.splitlines()[-1]
+
+
+# ─── Two versions of facet.py ────────────────────────────────────────────────────────────────────
+
+
+def test_slower_version_is_shown_as_slower(tmp_path, capsys):
+    import speed
+
+    slow = (ROOT / "facet.py").read_text(encoding="utf-8") + """
+
+def forward(self, *args, usual=Facet.forward, **options):
+    import time
+    time.sleep(0.2)
+    return usual(self, *args, **options)
+
+
+Facet.forward = forward
+"""
+    (tmp_path / "facet.py").write_text(slow, encoding="utf-8")
+    speed.compare({"old": tmp_path, "new": ROOT}, "bare", {"Si 8": "Si 8"}, 1, "cpu", 1)
+    printed = capsys.readouterr().out.split()
+    assert printed[:3] == ["bare,", "Si", "8"] and printed.count("→") == 3
+    old, new, ratio = map(float, printed[3:6])
+    assert 200 < old and new < old and ratio == pytest.approx(old / new, rel=0.01)
+
+
+def test_ratio_says_how_many_times_as_fast_the_new_version_is():
+    import speed
+
+    slow = {"ms": 30.0, "cpu_ms": 29.0, "faults": 7.0, "MB": 5.0}
+    fast = {"ms": 10.0, "cpu_ms": 9.0, "faults": 0.0, "MB": 3.0}
+    words = "30.00 10.00 3.000 29.00 → 9.00 7 → 0 5 → 3"
+    assert speed.row("bare, Si 8", slow, fast).split() == ["bare,", "Si", "8", *words.split()]
+    assert speed.row("", fast, slow).split()[:3] == ["10.00", "30.00", "0.333"]
+
+
+def test_lines_of_the_table_of_two_versions(tmp_path, monkeypatch):
+    import argparse
+
+    import speed
+
+    asked = []
+    monkeypatch.setattr(speed, "batches_of", lambda *_: asked.append(_) or f"{tmp_path}/0 69")
+    args = argparse.Namespace(device="cpu", sizes=[8, 64], frames="some/my.xyz")
+    jobs = speed.jobs_of(args, tmp_path)
+    assert [files for files, _ in asked] == [(), (str(Path("some/my.xyz").resolve()),)]
+    assert {job: list(crystals) for job, crystals in jobs.items()} == {
+        "bare": ["Si 8", "Si 64"], "calculator": ["Si 8", "Si 64"],
+        "train": ["5 x 69 of EMT metals", "5 x 69 of my.xyz", "4 x Si 64", "1 x Si 64"]}
+
+
+def test_batches_of_a_training_set_come_back_as_they_were_drawn(tmp_path, monkeypatch):
+    import ase.build
+    import ase.io
+    import peers
+    import speed
+    from ase.calculators.singlepoint import SinglePointCalculator
+
+    def in_this_process(command, **_):
+        said = io.StringIO()
+        try:
+            with redirect_stdout(said):
+                exec(command[2])
+            return subprocess.CompletedProcess(command, 0, said.getvalue(), "")
+        except SystemExit as end:
+            return subprocess.CompletedProcess(command, 1, "", f"a warning\n{end.code}\n")
+
+    monkeypatch.setattr(subprocess, "run", in_this_process)
+    frames = []
+    for a in np.linspace(3.5, 4.0, 20):
+        atoms = ase.build.bulk("Cu", a=a, cubic=True)
+        forces = np.zeros((4, 3))
+        atoms.calc = SinglePointCalculator(atoms, energy=float(a), forces=forces)
+        frames.append(atoms)
+    ase.io.write(tmp_path / "set.extxyz", frames)
+    name = speed.batches_of((str(tmp_path / "set.extxyz"),), tmp_path / "batches.extxyz")
+    found = peers.batches(name)
+    sizes = [sum(map(len, batch)) for batch in found]
+    assert len(found) == speed.BATCHES and round(np.mean(sizes)) == common.atoms_in(name) > 4
+
+    known = {round(atoms.cell[0, 0], 6) for atoms in frames}
+    first = [round(atoms.cell[0, 0], 6) for atoms in found[0]]
+    assert set(first) <= known and len(set(first)) == len(first)
+    with pytest.raises(SystemExit, match="nowhere.xyz: no such file$"):
+        speed.batches_of((str(tmp_path / "nowhere.xyz"),), tmp_path / "batches.extxyz")
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists() or not shutil.which("git"),
+                    reason="this is no repository of git, or git is not installed")
+def test_tree_of_a_commit_is_that_of_git(tmp_path):
+    import speed
+
+    speed.export("HEAD", tmp_path)
+    wanted = subprocess.check_output(["git", "show", "HEAD:facet.py"], cwd=ROOT)
+    assert (tmp_path / "facet.py").read_bytes() == wanted
+    assert (tmp_path / "tools" / "frames.py").exists()
+
+    for commit, reason in (("no-such-name", "not a valid object name"), ("", "object name"),
+                           ("HEAD:tools", "has no facet.py")):
+        status, _ = run("speed.py", "--against", commit)
+        assert status.startswith(f"--against {commit}: ") and reason in status
+        assert "\n" not in status
+
+
+def test_options_of_two_versions_are_checked_before_anything_is_measured():
+    for words, reason in (
+            (["--against", "HEAD", "--frames", "nowhere.xyz"], "nowhere.xyz: no such file"),
+            (["--frames", "README.md"], "no --against"), (["--sizes", "9"], "there are 8 64 512")):
+        status, said = run("speed.py", *words)
+        assert status == 2 and reason in said.splitlines()[-1]
 
 
 # ─── The property table of other potentials ──────────────────────────────────────────────────────
