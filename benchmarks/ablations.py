@@ -140,10 +140,10 @@ class EdgeList(EdgeWiseDensity):
         B = index.shape[1]
 
         # the edges: what lies within the cutoff
-        dst, slot = phi.detach()[:, :, 0].any(1).nonzero(as_tuple=True)  # [E], [E]
+        dst, slot = phi.detach()[..., 0].any(1).nonzero(as_tuple=True)  # [E], [E]
         src = index[dst, 0, slot] // B  # [E]
-        radial = self.radial(phi.permute(0, 3, 1, 2)[dst, slot], C)  # [E, 1, C] for each path
-        Y = Y.mT[dst, slot]  # [E, m2]
+        radial = self.radial(phi.transpose(1, 2)[dst, slot], C)  # [E, 1, C] for each path
+        Y = Y[dst, slot]  # [E, m2]
 
         # messages, path by path
         sums = []

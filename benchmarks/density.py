@@ -92,10 +92,10 @@ class EdgeWiseDensity(facet.Density):
     def forward(self, h: Tensor, index: Tensor, phi: Tensor, Y: Tensor) -> Tensor:
         """As facet.Density."""
         C = h.shape[2]
-        N, B, _, K = phi.shape
+        N, B, K, _ = phi.shape
         src = index[:, 0].flatten() // B  # [N K]
-        radial = phi.permute(2, 0, 3, 1).repeat_interleave(C // B, -1)[..., None, :]
-        Y = Y.mT.reshape(N * K, -1)  # [N K, m2]; radial [L+1, N, K, 1, C]
+        radial = phi.permute(3, 0, 2, 1).repeat_interleave(C // B, -1)[..., None, :]
+        Y = Y.reshape(N * K, -1)  # [N K, m2]; radial [L+1, N, K, 1, C]
 
         sums = []
         for l1, pairs in enumerate(self.pairs):

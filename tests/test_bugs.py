@@ -138,13 +138,13 @@ def odd_parity_coupling_let_in(right, self, l_in, l_out, config):
 
 @planted("Density.forward", "jump at the cutoff")
 def mean_over_the_actual_neighbours(right, self, h, index, phi, Y):
-    count = phi[:, 0, 0].ne(0).sum(1).clamp(min=1)  # [N]
+    count = phi[:, 0, :, 0].ne(0).sum(1).clamp(min=1)  # [N]
     return right(self, h, index, phi / count[:, None, None, None], Y)
 
 
 @planted("Density.forward", "empty places")
 def mean_over_the_padded_neighbours(right, self, h, index, phi, Y):
-    return right(self, h, index, phi / phi.shape[-1], Y)
+    return right(self, h, index, phi / phi.shape[2], Y)
 
 
 @planted("make_batch", "alone or in a batch")

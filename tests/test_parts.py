@@ -277,7 +277,7 @@ def test_summing_neighbours_first_equals_coupling_first(L):
     """Sum over neighbours, then couple = couple edge by edge, then sum."""
     N, K, C, B = 5, 4, CONFIG.channels, CONFIG.groups
     g = torch.Generator().manual_seed(1)
-    shapes = ((N, (L + 1) ** 2, C), (N, B, L + 1, K), (N, (L + 1) ** 2, K))
+    shapes = ((N, (L + 1) ** 2, C), (N, B, K, L + 1), (N, K, (L + 1) ** 2))
     h, phi, Y = (torch.randn(*shape, dtype=torch.float64, generator=g) for shape in shapes)
     src = torch.randint(N, (N, K), generator=g)
     density = build(degree=L).layers[1].density
@@ -291,8 +291,8 @@ def test_summing_neighbours_first_equals_coupling_first(L):
         for l1, l2, l in density.paths:
             if l == l3:
                 by_path.append(torch.einsum(
-                    "nck,abd,nbk,nkac->ndc", phi[:, :, l2].repeat_interleave(C // B, 1),
-                    facet.gaunt(l1, l2, l3), Y[:, facet.rows_of(l2)],
+                    "nck,abd,nkb,nkac->ndc", phi[..., l2].repeat_interleave(C // B, 1),
+                    facet.gaunt(l1, l2, l3), Y[..., facet.rows_of(l2)],
                     h[src][:, :, facet.rows_of(l1)]))
         want = torch.cat(by_path, -1) / CONFIG.mean_neighbours ** 0.5
         same(f"density of degree {l3}", found.reshape(want.shape), want, "formula")
@@ -526,9 +526,9 @@ def start_moments(model: facet.Facet) -> dict[str, np.ndarray]:
         r = draw(N, K, 3)
         unit = r / r.norm(dim=-1, keepdim=True)
         distance = CUTOFF * torch.rand(N, K, dtype=torch.float64, generator=g) ** (1 / 3)
-        phi = model.splines(distance).view(N, K, 3, 4, 3)[:, :, t].permute(0, 2, 3, 1)
+        phi = model.splines(distance).view(N, K, 3, 4, 3)[:, :, t].transpose(1, 2)
         index = torch.randint(N, (N, 1, K), generator=g) * 4 + torch.arange(4)[:, None]
-        A = layer.density(draw(N, M_in, C), index, phi, facet.harmonics(unit, 2).mT)
+        A = layer.density(draw(N, M_in, C), index, phi, facet.harmonics(unit, 2))
         by_degree = [float(a.square().mean()) for a in A.split(widths, 1)]
         found[f"layer {t} density"] = np.array(by_degree)
 

@@ -617,9 +617,9 @@ def densities(facet) -> list:
     config = facet.Config(**CONFIG)
     h = random_features(4, 2, 6)  # of three atoms in a circle, and one alone
     index = torch.tensor([2, 0, 1])[:, None, None] * 3 + torch.arange(3)[:, None]  # [N, B, K]
-    phi = torch.ones(3, 3, 3, 1, dtype=torch.float64)
+    phi = torch.ones(3, 3, 1, 3, dtype=torch.float64)
     Y = facet.harmonics(torch.tensor([[0.48, 0.6, 0.64]], dtype=torch.float64), 2)  # [1, M]
-    Y = Y[..., None].expand(3, 9, 1)
+    Y = Y.expand(3, 1, 9)  # [N, K, M]
 
     found = []
     for _, kind in inspect.getmembers(facet, inspect.isclass):
@@ -1183,12 +1183,12 @@ def test_exercise_5_accepts_every_right_shape(shape, use):
 
 
 @pytest.mark.parametrize("shape, use", [
-    ("Z, Z, 1, config.groups * (L + 1)", "self.pair"),  # one table for all layers
-    ("Z, Z, 1, 1", "((self.pair + self.pair.transpose(0, 1)) / 2)"),  # unordered pairs
-    ("T, config.groups * (L + 1), Z, Z", "self.pair.permute(2, 3, 0, 1)"),
+    ("Z, Z, 1, config.groups, L + 1", "self.pair"),  # one table for all layers
+    ("Z, Z, 1, 1, 1", "((self.pair + self.pair.transpose(0, 1)) / 2)"),  # unordered pairs
+    ("T, config.groups, L + 1, Z, Z", "self.pair.permute(3, 4, 0, 1, 2)"),
 ])
 def test_exercise_13_accepts_every_right_shape(shape, use):
-    patch = patch_of(13).replace("Z, Z, T, config.groups * (L + 1)", shape)
+    patch = patch_of(13).replace("Z, Z, T, config.groups, L + 1", shape)
     check(13, patched(patch.replace("self.pair[", f"{use}[")))
 
 
