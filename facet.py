@@ -564,105 +564,93 @@ class NeighbourSum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, phi, Y, h, index, G, of_degree):
-        """phi [N, terms, B, K, L+1], Y [N, terms, K, M], h [(N+U)·B, c m1], index [N, B, K],
-        G [J, m1 m2], of_degree [L+1, M], 1 where a row of Y has that degree → A [J, N+U, b c].
+    def forward(ctx, phi, Y, h, grad_A, index, G, of_degree, wants_A=True, wants_h=False, fixed=0):
+        """phi [N, terms, B, K, L+1], Y [N, terms, K, M], h [(N+U)·B, c m1], grad_A as A or None,
+        index [N, B, K], G [J, m1 m2], of_degree [L+1, M], 1 where a row of Y has that degree.
 
-        The last U atoms have no neighbours, so their A is 0.
+        Returns A [J, N+U, b c], if it is wanted, and the derivatives of Σ grad_A · A for φ, Y and,
+        if it is wanted, h; each None if not. The last U atoms have no neighbours, so their A is 0.
+        The first `fixed` terms of φ and the last of Y are constants: their derivative is 0.
         """
-        ctx.save_for_backward(phi, Y, h, index, G, of_degree)
+        ctx.save_for_backward(phi, Y, h, grad_A, index, G, of_degree)
+        ctx.set_materialize_grads(False)
         N, B, K = index.shape
         M, X = Y.shape[3], h.shape[1]
-        c = X * M // G.shape[1]  # X = c·m1, and G has m1·m2 columns
-        A = h.new_empty(len(G), len(h) // B, B * c)  # [J, N+U, b c]
-        A[:, N:] = 0
+        last = Y.shape[1] - fixed
+
+        A = to_phi = to_Y = to_h = None
+        if wants_A:
+            c = X * M // G.shape[1]  # X = c·m1, and G has m1·m2 columns
+            A = h.new_zeros(len(G), len(h) // B, B * c)  # [J, N+U, b c]
+        if grad_A is not None:
+            to_phi, to_Y = torch.zeros_like(phi), torch.zeros_like(Y)
+        if wants_h:
+            to_h = torch.zeros_like(h)
+
         atoms = chunks(index, X + M)  # X numbers of each neighbour for h, M for w
         memory = h.new_empty(index[atoms[0]].numel(), X)  # of one chunk after the other
-
-        for n in atoms:
-            at = index[n].flatten()  # [n b K]
-            there = torch.index_select(h, 0, at, out=memory[:len(at)])  # [n b K, c m1]
-            terms = phi[n] @ of_degree * Y[n, :, None]  # [n, terms, b, K, M]
-            w = reduce(torch.add, terms.unbind(1)).flatten(0, 1)  # [n b, K, M]
-            D = torch.bmm(there.view(-1, K, X).mT, w)  # [n b, c m1, m2]
-            D = D.view(-1, G.shape[1])  # [n b c, m1 m2]
-            torch.mm(G, D.T, out=A[:, n].view(len(G), -1))  # [J, n b c]
-        return A
-
-    @staticmethod
-    def backward(ctx, grad_A):
-        slopes = NeighbourGrad.apply(grad_A, *ctx.saved_tensors, ctx.needs_input_grad[2])
-        return *slopes, None, None, None
-
-
-class NeighbourGrad(torch.autograd.Function):
-    """Derivatives of Σ grad_A · A with respect to φ, Y and, where it is needed, h."""
-
-    @staticmethod
-    def forward(ctx, grad_A, phi, Y, h, index, G, of_degree, needs_h, fixed=0):
-        """Shapes as in NeighbourSum.
-
-        The first `fixed` terms of φ and the last of Y are constants: their gradient stays 0.
-        """
-        ctx.save_for_backward(grad_A, phi, Y, h, index, G, of_degree)
-        ctx.set_materialize_grads(False)
-        K, M, X = index.shape[2], Y.shape[3], h.shape[1]
-        to_phi = phi.new_zeros(phi.shape)
-        to_Y = Y.new_zeros(Y.shape)
-        last = Y.shape[1] - fixed
-        to_h = h.new_zeros(h.shape) if needs_h else None
-        atoms = chunks(index, X + M)
-        memory = h.new_empty(index[atoms[0]].numel(), X)  # of one chunk after the other
-
         for n in atoms:
             at = index[n].flatten()  # [n b K]
             there = torch.index_select(h, 0, at, out=memory[:len(at)])  # [n b K, c m1]
             there = there.view(-1, K, X)  # [n b, K, c m1]
-            D = (grad_A[:, n].flatten(1).T @ G).view(-1, X, M)  # [n b, c m1, m2] gradient of D
             radial = phi[n] @ of_degree  # [n, terms, b, K, M]
             y = Y[n, :, None]  # [n, terms, 1, K, M]
+            w = reduce(torch.add, (radial * y).unbind(1)).flatten(0, 1)  # [n b, K, M]
+
+            if wants_A:
+                D = torch.bmm(there.mT, w)  # [n b, c m1, m2]
+                D = D.view(-1, G.shape[1])  # [n b c, m1 m2]
+                torch.mm(G, D.T, out=A[:, n].view(len(G), -1))  # [J, n b c]
 
             # What a neighbour's weight w is worth, and φ and Y in it
-            worth = torch.bmm(there, D).view_as(radial[:, :1])  # [n, 1, b, K, M]
-            to_phi[n, fixed:] = (worth * y[:, fixed:]) @ of_degree.T  # [n, terms, b, K, L+1]
-            torch.sum(worth * radial[:, :last], 2, out=to_Y[n, :last])  # [n, terms, K, M]
+            if grad_A is not None:
+                D = (grad_A[:, n].flatten(1).T @ G).view(-1, X, M)  # [n b, c m1, m2] gradient of D
+                worth = torch.bmm(there, D).view_as(radial[:, :1])  # [n, 1, b, K, M]
+                to_phi[n, fixed:] = (worth * y[:, fixed:]) @ of_degree.T  # [n, terms, b, K, L+1]
+                torch.sum(worth * radial[:, :last], 2, out=to_Y[n, :last])  # [n, terms, K, M]
 
             # What its features are worth
-            if needs_h:
-                w = reduce(torch.add, (radial * y).unbind(1)).flatten(0, 1)  # [n b, K, M]
+            if wants_h:
                 torch.bmm(w, D.mT, out=there)  # [n b, K, c m1]
                 to_h.index_add_(0, at, there.flatten(0, 1))
-        return to_phi, to_Y, to_h
+        return A, to_phi, to_Y, to_h
 
     @staticmethod
-    def backward(ctx, dphi, dY, dh):
-        """With sum(w, h) for NeighbourSum, the derivatives of
+    def backward(ctx, of_A, dphi, dY, dh):
+        """The arguments are the gradients of A, to_phi, to_Y and to_h, None for what is not used.
+
+        With sum(w, h) for A the derivatives are those of
 
             dφ·to_φ + dY·to_Y + dh·to_h = grad_A · [sum(dw, h) + sum(w, dh)],   dw = dφ·Y + φ·dY
-
-        dphi, dY, dh are the gradients of to_phi, to_Y, to_h, of which some may be None.
         """
-        grad_A, phi, Y, h, *constants = ctx.saved_tensors
-        dphi = torch.zeros_like(phi) if dphi is None else dphi
-        dY = torch.zeros_like(Y) if dY is None else dY
+        phi, Y, h, grad_A, *constants = ctx.saved_tensors
+        parts = []  # of the gradients for φ, Y, h and grad_A
+        if of_A is not None:
+            wants_h = ctx.needs_input_grad[2]
+            slopes = NeighbourSum.apply(phi, Y, h, of_A, *constants, False, wants_h)[1:]
+            parts.append((*slopes, None))
 
         # sum(dw, h): dw has twice the terms of w, φ in the second half of them, Y in the first
-        two_phi = torch.cat([dphi, phi], 1)  # [N, 2·terms, B, K, L+1]
-        two_Y = torch.cat([Y, dY], 1)  # [N, 2·terms, K, M]
-        to_A = NeighbourSum.apply(two_phi, two_Y, h, *constants)
-        terms = phi.shape[1]
-        to_phi, to_Y, to_h = NeighbourGrad.apply(
-            grad_A, two_phi, two_Y, h, *constants, True, terms)
-        to_phi = to_phi[:, terms:]  # [N, terms, B, K, L+1]
-        to_Y = to_Y[:, :terms]  # [N, terms, K, M]
+        if dphi is not None or dY is not None:
+            dphi = torch.zeros_like(phi) if dphi is None else dphi
+            dY = torch.zeros_like(Y) if dY is None else dY
+            two_phi = torch.cat([dphi, phi], 1)  # [N, 2·terms, B, K, L+1]
+            two_Y = torch.cat([Y, dY], 1)  # [N, 2·terms, K, M]
+            terms = phi.shape[1]
+            A, to_phi, to_Y, to_h = NeighbourSum.apply(
+                two_phi, two_Y, h, grad_A, *constants, True, True, terms)
+            parts.append((to_phi[:, terms:], to_Y[:, :terms], to_h, A))
 
         # sum(w, dh)
         if dh is not None:
-            to_A = to_A + NeighbourSum.apply(phi, Y, dh, *constants)
-            more = NeighbourGrad.apply(grad_A, phi, Y, dh, *constants, False)
-            to_phi = to_phi + more[0]
-            to_Y = to_Y + more[1]
-        return to_A, to_phi, to_Y, to_h, None, None, None, None, None
+            A, to_phi, to_Y, _ = NeighbourSum.apply(phi, Y, dh, grad_A, *constants)
+            parts.append((to_phi, to_Y, None, A))
+
+        totals = []
+        for found in zip(*parts):
+            found = [part for part in found if part is not None]
+            totals.append(reduce(torch.add, found) if found else None)
+        return *totals, None, None, None, None, None, None
 
 
 class Density(nn.Module):
@@ -714,8 +702,8 @@ class Density(nn.Module):
         """
         B = index.shape[1]
         h = h.transpose(1, 2).reshape(len(h) * B, -1)  # [(N+U)·B, c m1] a row per group
-        constants = index, self.G, self.of_degree
-        A = NeighbourSum.apply(phi[:, None], Y[:, None], h, *constants)  # [J, N+U, C]
+        A, *_ = NeighbourSum.apply(
+            phi[:, None], Y[:, None], h, None, index, self.G, self.of_degree)  # [J, N+U, C]
         return A.transpose(0, 1)  # [N+U, J, C]
 
 

@@ -204,13 +204,13 @@ class PlainSum:
     """What facet.NeighbourSum computes, in a few lines; its derivatives are autograd's."""
 
     @staticmethod
-    def apply(phi, Y, h, index, G, of_degree):
+    def apply(phi, Y, h, grad_A, index, G, of_degree):
         N, B, K = index.shape
         w = (phi @ of_degree * Y[:, :, None]).sum(1)  # [N, B, K, M]
         there = h[index.flatten()].view(N * B, K, -1)  # [N B, K, c m1]
         D = torch.bmm(there.mT, w.flatten(0, 1)).view(-1, G.shape[1])  # [N B c, m1 m2]
         A = (G @ D.T).view(len(G), N, -1)  # [J, N, C]
-        return pad(A, (0, 0, 0, len(h) // B - N))  # [J, N+U, C]
+        return [pad(A, (0, 0, 0, len(h) // B - N))]  # [J, N+U, C]
 
 
 SUMS = {"ours": facet.NeighbourSum, "plain": PlainSum}

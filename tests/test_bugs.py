@@ -238,16 +238,20 @@ def groups_mixed_up(right, self, h, index, phi, Y):
     return right(self, h, index, phi.flip(1), Y)
 
 
-@planted("NeighbourGrad.backward", "gradients for weights, product")
-def wrong_second_derivative(right, *arguments):
-    A, phi, Y, h, *rest = right(*arguments)
-    return A, phi, Y, -h, *rest
+@planted("NeighbourSum.backward", "gradients for weights, product")
+def wrong_second_derivative(right, ctx, *gradients):
+    phi, Y, h, *rest = right(ctx, *gradients)
+    is_first = ctx.saved_tensors[3] is None  # there was no grad_A
+    return phi, Y, h if is_first else -h, *rest
 
 
-@planted("NeighbourGrad.backward", "third derivatives")
-def second_derivative_cut_from_the_graph(right, *arguments):
+@planted("NeighbourSum.backward", "third derivatives")
+def second_derivative_cut_from_the_graph(right, ctx, *gradients):
     """Training does not notice: it takes no further derivative."""
-    return tuple(None if slope is None else slope.detach() for slope in right(*arguments))
+    slopes = right(ctx, *gradients)
+    if ctx.saved_tensors[3] is None:  # there was no grad_A: these are first derivatives
+        return slopes
+    return tuple(None if slope is None else slope.detach() for slope in slopes)
 
 
 @planted("Facet.forward", "gradients for weights, product")

@@ -337,7 +337,7 @@ def test_sums_over_neighbours_and_three_derivatives_equal_those_of_an_einsum(ter
     for atoms in (1, 3, 5):
         pieces = [slice(a, min(a + atoms, N)) for a in range(0, N, atoms)]
         with mock.patch.object(facet, "chunks", lambda index, X, pieces=pieces: pieces):
-            A = facet.NeighbourSum.apply(*inputs, *constants)
+            A, *_ = facet.NeighbourSum.apply(*inputs, None, *constants)
             same(f"sums in chunks of {atoms}", A, whole, "formula")
             for n, found in enumerate(derivatives(A, inputs)):
                 order, name = n // 3 + 1, ("φ", "Y", "h")[n % 3]
