@@ -300,13 +300,14 @@ def test_summing_neighbours_first_equals_coupling_first(L):
 
 
 def sums(phi, Y, h, index, G, of_degree) -> torch.Tensor:
-    """What facet.NeighbourSum computes, in one einsum: [Q, N+1, b c]."""
+    """What facet.NeighbourSum computes, in one einsum: [Q, N+U, b c]."""
     N, B, K = index.shape
     M1 = G.shape[1] // Y.shape[3]
     there = h[index].view(N, B, K, -1, M1)
     G = G.view(len(G), M1, -1)
     A = torch.einsum("qam,nsbkl,lm,nskm,nbkca->qnbc", G, phi, of_degree, Y, there)
-    return torch.nn.functional.pad(A.flatten(2), (0, 0, 0, 1))  # the last atom sees nothing
+    alone = len(h) // B - N  # the last atoms see nothing
+    return torch.nn.functional.pad(A.flatten(2), (0, 0, 0, alone))
 
 
 def derivatives(A: torch.Tensor, inputs, order: int = 3) -> list[torch.Tensor]:
@@ -343,6 +344,56 @@ def test_sums_over_neighbours_and_three_derivatives_equal_those_of_an_einsum(ter
                 order, name = n // 3 + 1, ("φ", "Y", "h")[n % 3]
                 same(f"derivative {order} for {name} in chunks of {atoms}", found, want[n])
                 differ(f"derivative {order} for {name}", want[n], 0 * want[n])
+
+
+@pytest.mark.parametrize("needed", ("φ", "Y", "h", "φY", "φh", "Yh"))
+def test_sums_over_neighbours_are_differentiated_for_some_inputs_alone(needed):
+    g = torch.Generator().manual_seed(0)
+    N, B, K = 4, 2, 3
+    shapes = {"φ": (N, 1, B, K, 2), "Y": (N, 1, K, 4), "h": ((N + 1) * B, 8)}
+    inputs = {name: torch.randn(*shape, dtype=torch.float64, generator=g).requires_grad_(
+        name in needed) for name, shape in shapes.items()}
+    G = torch.randn(6, 16, dtype=torch.float64, generator=g)
+    index = torch.randint((N + 1) * B, (N, B, K), generator=g)
+    constants = index, G, facet.Density(1, 1, facet.Config(("Si",), degree=1)).of_degree
+
+    some = [inputs[name] for name in needed]
+    want = derivatives(sums(*inputs.values(), *constants), some)
+    A, *_ = facet.NeighbourSum.apply(*inputs.values(), None, *constants)
+    for n, found in enumerate(derivatives(A, some)):
+        name = f"derivative {n // len(some) + 1} for {needed[n % len(some)]}"
+        same(name, found, want[n])
+        differ(name, want[n], 0 * want[n])
+
+
+class PlainSum:
+    """`sums` in the place of facet.NeighbourSum; its derivatives are autograd's."""
+
+    @staticmethod
+    def apply(phi, Y, h, grad_A, *constants):
+        return [sums(phi, Y, h, *constants)]
+
+
+@pytest.mark.parametrize("weights", ("readout", "layers.1.mix.W.1"))
+def test_forces_by_weights_by_places_equal_those_of_plain_sums(weights):
+    """The forces are linear in these weights: some sums get no gradient from those after them."""
+    model = build()
+    batch = batch_of(model, TRICLINIC)
+    g = torch.Generator().manual_seed(0)
+    line = torch.randn(batch.vectors.shape, dtype=torch.float64, generator=g)
+
+    thirds = []
+    for kind in (facet.NeighbourSum, PlainSum):
+        with mock.patch.object(facet, "NeighbourSum", kind):
+            vectors = batch.vectors.clone().requires_grad_()
+            energies = model.atomic_outputs(batch._replace(vectors=vectors))["energies"]
+            slopes, = torch.autograd.grad(energies.sum(), vectors, create_graph=True)
+            along = (slopes * line).sum()
+            by_weights, = torch.autograd.grad(
+                along, model.get_parameter(weights), create_graph=True)
+            thirds += torch.autograd.grad(by_weights.sum(), vectors)
+    same(f"forces by {weights} by places", *thirds)
+    differ(f"forces by {weights} by places", thirds[1], 0 * thirds[1])
 
 
 def test_chunks_hold_every_atom_once():
