@@ -624,7 +624,7 @@ class NeighbourSum(torch.autograd.Function):
             dφ·to_φ + dY·to_Y + dh·to_h = grad_A · [sum(dw, h) + sum(w, dh)],   dw = dφ·Y + φ·dY
         """
         phi, Y, h, grad_A, *constants = ctx.saved_tensors
-        parts = []  # of the gradients for φ, Y, h and grad_A
+        parts = [(None,) * 4]  # of the gradients for φ, Y, h and grad_A
         if of_A is not None:
             wants_h = ctx.needs_input_grad[2]
             slopes = NeighbourSum.apply(phi, Y, h, of_A, *constants, False, wants_h)[1:]
