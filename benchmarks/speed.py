@@ -268,6 +268,8 @@ def show_ratios(runs: dict) -> None:
 
 def export(commit: str, folder: Path) -> None:
     """The tree of a commit. SystemExit, in one sentence, for what git cannot give."""
+    if commit.startswith("-"):  # git would take it for an option
+        sys.exit(f"--against {commit}: no commit has such a name")
     command = ["git", "-C", str(ROOT), "archive", "--format=zip", commit]
     try:
         packed = subprocess.run(command, capture_output=True, check=True).stdout

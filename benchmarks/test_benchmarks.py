@@ -293,8 +293,8 @@ def test_tree_of_a_commit_is_that_of_git(tmp_path):
     assert (tmp_path / "tools" / "frames.py").exists()
 
     for commit, reason in (("no-such-name", "not a valid object name"), ("", "object name"),
-                           ("HEAD:tools", "has no facet.py")):
-        status, _ = run("speed.py", "--against", commit)
+                           ("HEAD:tools", "has no facet.py"), ("--list", "has such a name")):
+        status, _ = run("speed.py", f"--against={commit}")
         assert status.startswith(f"--against {commit}: ") and reason in status
         assert "\n" not in status
 
