@@ -568,9 +568,10 @@ class NeighbourSum(torch.autograd.Function):
         """phi [N, terms, B, K, L+1], Y [N, terms, K, M], h [(N+U)·B, c m1], grad_A as A or None,
         index [N, B, K], G [J, m1 m2], of_degree [L+1, M], 1 where a row of Y has that degree.
 
-        Returns A [J, N+U, b c], if it is wanted, and the derivatives of Σ grad_A · A for φ, Y and,
-        if it is wanted, h; each None if not. The last U atoms have no neighbours, so their A is 0.
-        The first `fixed` terms of φ and the last of Y are constants: their derivative is 0.
+        Returns A [J, N+U, b c], if it is wanted, and, if there is a grad_A, the derivatives of
+        Σ grad_A · A for φ, Y and, if it is wanted, h; None for the others. The last U atoms have no
+        neighbours, so their A is 0. Those for the first `fixed` terms of φ and the last of Y are
+        not computed but left 0, because nobody needs them.
         """
         ctx.save_for_backward(phi, Y, h, grad_A, index, G, of_degree)
         ctx.set_materialize_grads(False)
@@ -604,15 +605,15 @@ class NeighbourSum(torch.autograd.Function):
 
             # What a neighbour's weight w is worth, and φ and Y in it
             if grad_A is not None:
-                D = (grad_A[:, n].flatten(1).T @ G).view(-1, X, M)  # [n b, c m1, m2] gradient of D
-                worth = torch.bmm(there, D).view_as(radial[:, :1])  # [n, 1, b, K, M]
+                grad_D = (grad_A[:, n].flatten(1).T @ G).view(-1, X, M)  # [n b, c m1, m2]
+                worth = torch.bmm(there, grad_D).view_as(radial[:, :1])  # [n, 1, b, K, M]
                 to_phi[n, fixed:] = (worth * y[:, fixed:]) @ of_degree.T  # [n, terms, b, K, L+1]
                 torch.sum(worth * radial[:, :last], 2, out=to_Y[n, :last])  # [n, terms, K, M]
 
-            # What its features are worth
+            # What its features are worth, in their place: they are not needed any more
             if wants_h:
-                torch.bmm(w, D.mT, out=there)  # [n b, K, c m1]
-                to_h.index_add_(0, at, there.flatten(0, 1))
+                to_there = torch.bmm(w, grad_D.mT, out=there)  # [n b, K, c m1]
+                to_h.index_add_(0, at, to_there.flatten(0, 1))
         return A, to_phi, to_Y, to_h
 
     @staticmethod
