@@ -119,6 +119,11 @@ def start(pythons: dict, names: list[str], species: int, threads: int, device: s
     return workers
 
 
+def crystals_of(args: argparse.Namespace) -> list[str]:
+    """Those of the sizes that were asked for, the largest last."""
+    return [name for name in CRYSTALS[args.device] if atoms_in(name) in args.sizes]
+
+
 # ─── The measurement ─────────────────────────────────────────────────────────────────────────────
 
 
@@ -331,7 +336,7 @@ def jobs_of(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, str]]
 
     Writes the batches of training sets to the folder.
     """
-    sizes = [name for name in CRYSTALS[args.device] if atoms_in(name) in args.sizes]
+    sizes = crystals_of(args)
     sets = {"EMT metals": ()}
     if args.frames:
         sets[Path(args.frames).name] = (os.path.abspath(args.frames),)
@@ -455,8 +460,7 @@ def main() -> None:
 
     known = MODELS if args.device == "cpu" else ON_GPU
     names = [name for name in known if PYTHONS[name.split()[0]] in pythons]
-    crystals = [name for name in CRYSTALS[args.device] if atoms_in(name) in args.sizes]
-    runs = run_all(args, names, pythons, crystals)
+    runs = run_all(args, names, pythons, crystals_of(args))
 
     name = "speed" if args.device == "cpu" else "speed_cuda"
     kept = read_results(name) if args.add else {}
