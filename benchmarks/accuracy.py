@@ -62,6 +62,8 @@ from summary import ERRORS, STRESS, accuracy, time_to_accuracy
 
 import facet
 from tools import evaluate
+from tools.frames import Frames, read
+from tools.sets import split
 
 MODELS = {
     # the 64-channel model of the tables, MACE-MP-0 small, MACE-MP-0 medium
@@ -130,11 +132,11 @@ def defaults(args: argparse.Namespace, more: list[str]) -> None:
     sys.exit(1 if failed else 0)
 
 
-def point(run: dict) -> dict:
-    """A training of `training`, with the errors of its first test file alone."""
-    errors = next(iter(run["tests"].values()))
-    kept = {key: errors[key] for key in (*ERRORS, STRESS)}
-    return {**{key: value for key, value in run.items() if key != "tests"}, **kept}
+def parts(data: Path, name: str) -> dict[str, Frames]:
+    """Frames to train on and to validate on: the training set, as train_small.py splits it."""
+    files, _ = data_files(data, name)
+    train, valid = split(read([str(path) for path in files]), 0, ("to validate",))
+    return {"train": train, "valid": valid}
 
 
 def against_time(args: argparse.Namespace, more: list[str]) -> None:
@@ -208,12 +210,11 @@ def mace_curves(paths: list[Path]) -> dict[tuple[str, str], dict]:
 
 
 def converted(data: Path, name: str, out: Path) -> dict[str, Path]:
-    """The same frames as extended XYZ, under the names that MACE expects; one test file."""
+    """The same frames as extended XYZ, under the names that MACE expects: train and valid."""
     import ase.io
 
-    train, tests = read_set(data, name)
     files = {}
-    for part, frames in (("train", train), ("test", next(iter(tests.values())))):
+    for part, frames in parts(data, name).items():
         images = []
         for frame in frames:
             labels = frame.calc.results
@@ -300,7 +301,7 @@ def mace(args: argparse.Namespace, more: list[str]) -> None:
         "versions": versions("torch", "mace-torch", "e3nn"), "arguments": arguments})
 
     paths = [
-        f"--train_file={files['train']}", f"--valid_file={files['test']}",
+        f"--train_file={files['train']}", f"--valid_file={files['valid']}",
         f"--work_dir={args.out}", f"--model_dir={args.out}"]
     if args.restart:
         steps = []

@@ -110,13 +110,13 @@ class Label:
 # New ones come last: databases hold lists in this order
 TABLE = (
     Label("energy", "eV", expected=True, extensive=True,
-          grows=True, scaled=True, sharper=10, loss_digits=5,
+          weight=3.2, grows=True, scaled=True, sharper=3.2, loss_digits=5,
           log=Unit("meV/atom", 1000, 2), report=Unit("meV/atom", 1000, 2, 21)),
     Label("forces", "eV/Å", per_atom=True, shape=(3,), expected=True, also=("force",),
           weight=None, scaled=True,
           quantity="force", log=Unit("meV/Å", 1000, 1, 7), report=Unit("eV/Å", 1, 4, 27)),
     Label("stress", "eV/Å³", shape=(6,), output="virial", per_volume=True,
-          weight=0.1, scaled=True,
+          weight=0.3, scaled=True,
           log=Unit("GPa", 1 / units.GPa, 3), report=Unit("GPa", 1 / units.GPa, 3, 18)),
 )
 LABELS = tuple(label.name for label in TABLE)
