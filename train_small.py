@@ -49,6 +49,7 @@ from tools.frames import BadInput, Frames, load_model
 from tools.labels import LABELS, TABLE
 from tools.options import (
     MODEL,
+    SIZES,
     check_device,
     check_range,
     chosen,
@@ -465,12 +466,19 @@ def parse(arguments: list[str]) -> tuple[Settings, Path | None]:
         else:
             metavar = f.name.upper() if f.default == "" else "X"
             parser.add_argument(f"--{f.name}", metavar=metavar, type=type(f.default), help=text)
+    parser.add_argument("--size", choices=SIZES, help="of the model, with learning rates that suit "
+                        "it: small is trained in a minute or two, medium (the default) in ten, "
+                        "large in an hour")
     parser.add_argument("--resume", type=Path, metavar="FOLDER",
                         help="go on with the run in this folder, with its own settings; of them "
                         f"only {', '.join(LATER)} can be changed")
 
     given = vars(parser.parse_args(arguments))
     resume = given.pop("resume", None)
+    size = given.pop("size", None)
+    if size and (resume or "init" in given):
+        parser.error(f"--size {size}: a model that is there has its size; leave it out")
+    given = {**SIZES[size or "medium"], **given}
     for name in ("train", "valid", "test"):
         if name in given:
             given[name] = tuple(given[name])

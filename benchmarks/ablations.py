@@ -319,6 +319,9 @@ VARIANTS = {
     "MLP, edge-wise, lr/3": Variant("radial", edge_wise_mlp, settings=SLOWER),
     "default, lr/3": Variant("radial", settings=SLOWER),
 }
+for L, name in product((1, 3), ("gate", "linear only", "tensor product")):
+    swap = VARIANTS[name].swap
+    VARIANTS[f"L = {L}, {name}"] = Variant("degree", swap, config={"degree": L})
 
 
 def build(name: str, config: facet.Config, dtype: torch.dtype = torch.float32) -> facet.Facet:
@@ -377,6 +380,7 @@ def make_step(name: str, data: tuple, batch_atoms: int) -> Callable:
     s = train_small.Settings(lr=1e-6, muon_lr=1e-6)  # the weights shall hardly move
     samples = train_small.Samples(train, config)
     crowd = samples.crowd()
+    batch_atoms = batch_atoms or batches.ten_structures(train)
     plan = next(batches.epochs(samples.atoms, crowd, batch_atoms * crowd.mean(), 0))
     _, batch, target = samples[plan[0]]
     optimizers = train_small.optimizers(model, s, 1000)
@@ -453,14 +457,14 @@ def plan(args, names: list[str]) -> list[dict]:
     runs = []
     for urgent in (True, False):
         chosen = [n for n in names if VARIANTS[n].trained and VARIANTS[n].urgent == urgent]
-        for name, seed, key in product(chosen, range(args.seeds), args.sets):
+        for seed, key, name in product(range(args.seeds), args.sets, chosen):
             runs.append({
                 "set": key, "variant": name, "seed": seed, "batch_atoms": args.batch_atoms,
                 "steps": args.steps})
     return runs
 
 
-def train(folder: Path, run: dict) -> dict:
+def train(folder: Path, run: dict, device: str) -> dict:
     """Train and test once, in a process of its own; NaN errors where the training diverged."""
     torch.set_num_threads(1)
     frames, test, config = dataset(folder, run["set"])
@@ -468,7 +472,7 @@ def train(folder: Path, run: dict) -> dict:
         steps=run["steps"], seed=run["seed"], batch_atoms=run["batch_atoms"],
         **VARIANTS[run["variant"]].settings)
     torch.manual_seed(run["seed"])
-    model = build(run["variant"], config)
+    model = build(run["variant"], config).to(device)
     nothing = frames[:0]  # there is nothing to choose, so nothing to validate
     start = time.process_time()
     with tempfile.TemporaryDirectory() as where, open(os.devnull, "w") as quiet, \
@@ -487,14 +491,10 @@ def train_all(args, runs: list[dict], content: dict) -> None:
     """The runs that are not there yet, several at a time; saved after each."""
     found = rows(content["runs"])
     left = [run for run in runs if not any(run.items() <= other.items() for other in found)]
-    timed = {row["variant"]: row for row in rows(content["timings"]["variants"])}
-    minutes = 0.0
-    for run in left:
-        minutes += run["steps"] * timed[run["variant"]]["step_ms"][run["set"]] / 60000
-    print(f"{len(runs)} runs, {len(left)} to do: about {minutes:.0f} core-minutes", flush=True)
+    print(f"{len(runs)} runs, {len(left)} to do", flush=True)
 
     with ProcessPoolExecutor(args.parallel, get_context("spawn")) as pool:
-        futures = [pool.submit(train, args.data, run) for run in left]
+        futures = [pool.submit(train, args.data, run, args.device) for run in left]
         for done, future in enumerate(as_completed(futures), 1):
             run = future.result()
             found.append(run)
@@ -510,17 +510,19 @@ def train_all(args, runs: list[dict], content: dict) -> None:
 
 
 def main() -> None:
+    groups = dict.fromkeys(variant.group for variant in VARIANTS.values())
     parser = command_line(__doc__)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--sets", nargs="+", default=["Si", "crystals"], choices=SETS)
-    parser.add_argument("--only", nargs="+", choices=["radial", "update", "density", "size"],
-                        help="groups")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch_atoms", type=int, default=126,
-                        help="atoms per step: two cells of the silicon set")
+    parser.add_argument("--sets", nargs="+", default=["Si", "AcAc"], choices=SETS)
+    parser.add_argument("--only", nargs="+", choices=[*groups, *VARIANTS], metavar="NAME",
+                        help=f"groups ({', '.join(groups)}) or variants")
+    parser.add_argument("--steps", type=int, default=0, help="0: a whole training")
+    parser.add_argument("--batch_atoms", type=int, default=0,
+                        help="atoms per step; 0: as train_small.py has it")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--parallel", type=int, default=2,
                         help="trainings at a time, each on one thread")
+    parser.add_argument("--device", default="cpu", help="of the trainings")
     parser.add_argument("--timings", action="store_true",
                         help="measure time and memory anew; train nothing")
     parser.add_argument("--seconds", type=float, default=300, help="of measuring")
@@ -529,19 +531,16 @@ def main() -> None:
     torch.set_num_threads(1)
 
     content = {"runs": {}} | read_results("ablations")
-    names = [n for n, v in VARIANTS.items() if not args.only or v.group in (*args.only, "default")]
+    names = [n for n, v in VARIANTS.items()
+             if not args.only or {n, v.group} & {*args.only, "default"}]
     if args.timings:
         content["timings"] = measure(args, list(VARIANTS))
         write_results("ablations", content)
 
-    timed = {row["variant"]: row for row in rows(content.get("timings", {}).get("variants", {}))}
-    for name in names:
-        if name not in timed or not set(args.sets) <= set(timed[name]["step_ms"]):
-            parser.error("measure first: the same command, with all sets, and --timings")
     if not (args.timings or args.draw):
         content["steps"] = args.steps
         train_all(args, plan(args, names), content)
-    if content["runs"]:
+    if content["runs"] and "timings" in content:
         errors = ablation_errors(content)
         for name in errors:
             print("\n".join(ablations(name)) + "\n")

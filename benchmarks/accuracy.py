@@ -63,6 +63,7 @@ from summary import ERRORS, STRESS, accuracy, time_to_accuracy
 import facet
 from tools import evaluate
 from tools.frames import Frames, read
+from tools.options import SIZES
 from tools.sets import split
 
 MODELS = {
@@ -108,15 +109,17 @@ def defaults(args: argparse.Namespace, more: list[str]) -> None:
     """Several seeds of every set; saved after each, so that hours of work outlive a stop."""
     torch.set_num_threads(1)  # of this process, which tests; trainings have their own
     content = read_results("accuracy")
-    stored = content.setdefault("defaults", {})
+    stored = content.setdefault("defaults" if args.size == "medium" else args.size, {})
     for name in args.sets:
         data_files(args.data, name)  # converted once, before several trainings want it
 
+    limit = ["--minutes", "10"] if args.size == "medium" else []
     with ThreadPoolExecutor(args.parallel) as pool:
         jobs = {}
         for seed in args.seeds:
             for name in args.sets:
-                options = ["--seed", str(seed), "--threads", "1", "--minutes", "10", *more]
+                options = ["--seed", str(seed), "--threads", "1", "--size", args.size,
+                           *limit, *more]
                 jobs[pool.submit(training, args.data, name, options)] = (name, seed)
         failed = []
         for job in as_completed(jobs):
@@ -288,7 +291,8 @@ def mace(args: argparse.Namespace, more: list[str]) -> None:
         f"--start_swa={args.stage_two or round(0.75 * args.epochs)}",
         f"--max_num_epochs={args.epochs}", "--default_dtype=float32", "--seed=0",
         "--error_table=PerAtomMAE", "--num_workers=0", "--pin_memory=False", "--plot=False",
-        "--valid_batch_size=10", "--name=mace", "--device=cpu", "--save_cpu", "--keep_checkpoints"]
+        "--valid_batch_size=10", "--name=mace", f"--device={args.device}", "--save_cpu",
+        "--keep_checkpoints"]
     if args.set == "AcAc":
         arguments += ["--loss=weighted", "--forces_weight=100"]
     else:
@@ -327,6 +331,8 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     one.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS)
     one.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2],
                      help="the stored runs of other seeds stay")
+    one.add_argument("--size", default="medium", choices=SIZES,
+                     help="only medium, the default, ends after 10 minutes at the latest")
     one.add_argument("--parallel", type=int, default=1, help="trainings at a time")
 
     one = commands.add_parser("time", allow_abbrev=False,
@@ -348,6 +354,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     one.add_argument("--restart", action="store_true",
                      help="go on from the last checkpoint, with other --epochs if wanted")
     one.add_argument("--threads", type=int, default=1)
+    one.add_argument("--device", default="cpu")
     one.add_argument("--out", type=Path, required=True)
     return parser.parse_known_args()
 

@@ -29,6 +29,12 @@ MODEL = {  # the fields of facet.Config that are chosen; Config has their defaul
     "activation": "of the grid layer: product or silu",
 }
 
+SIZES = {  # what --size sets, each unless it is given; medium is the default of everything
+    "small": {"channels": 16, "groups": 4, "degree": 1, "lr": 1e-2, "muon_lr": 2e-2},
+    "medium": {},
+    "large": {"channels": 64, "groups": 16, "degree": 3, "lr": 2e-3, "muon_lr": 4e-3},
+}
+
 
 def setting(default, text: str, least: float | None = None, above: float | None = None):
     """A field of Settings, with what --help says of it.
