@@ -1,7 +1,9 @@
 """Which parts of Facet earn their place? Swap one at a time; compare accuracy, time and memory.
 
-    python benchmarks/ablations.py --data FOLDER --timings     # first, on a quiet machine: minutes
-    python benchmarks/ablations.py --data FOLDER --parallel 2  # then train: hours; resumes
+    python benchmarks/ablations.py --data FOLDER --updates     # the node update alone: minutes
+    python benchmarks/ablations.py --data FOLDER --timings     # on a quiet machine: minutes
+    python benchmarks/ablations.py --data FOLDER --parallel 2  # then train: many hours; resumes
+    python benchmarks/ablations.py --data FOLDER --device cuda --parallel 8    # on a GPU: minutes
     python benchmarks/ablations.py --data FOLDER --draw        # only print and draw what there is
 
     radial   splines against MLPs (shared like ours, or edge-wise as in MACE and NequIP),
@@ -13,7 +15,7 @@
 
 Every variant is the default model with one part replaced by a small subclass of facet.py's, or one
 number of its Config changed; everything else, learning rates included, stays as train_small.py has
-it. Test errors are given after equal steps (--steps), beside the time of a step. Times are
+it. Test errors are given after equal steps, beside the time of a step on a CPU. Times are
 milliseconds of one core, the processor's own count. All in float32. FOLDER is as in accuracy.py.
 Each run is saved when it ends, to benchmarks/results/ablations.json; delete that file to begin
 anew. In the end come the table and the picture.
@@ -28,6 +30,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from itertools import product
 from math import sqrt
 from multiprocessing import get_context
@@ -49,7 +52,7 @@ from common import (
 )
 from density import EdgeWiseDensity
 from pictures import draw_results
-from summary import ENERGY, FORCE, ablation_errors, ablations
+from summary import ENERGY, FORCE, ablation_errors, ablations, updates
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
@@ -230,7 +233,7 @@ class TensorProduct(facet.ProductGrid):
         """[N, M, C] → [N, M, C]."""
         u, v = self.W12(x).chunk(2, -1)  # 2 × [N, M, C]
         v = v * ((1 + v.square().mean((1, 2), keepdim=True)) / 2).rsqrt()  # [N, M, C]
-        A = self.G @ (u[:, :, None] * v[:, None]).flatten(1, 2)  # [N, J, C]
+        A = self.coupled(u, v)  # [N, J, C]
         A = A.split([(2 * l + 1) * len(w) for l, w in enumerate(self.w)], 1)  # [N, m3 Q, C]
         parts = []
         for a, w in zip(A, self.w, strict=True):
@@ -240,6 +243,41 @@ class TensorProduct(facet.ProductGrid):
         f = f * torch.sigmoid(s)[:, None]  # [N, M, C]
         f = torch.cat([f[:, :1] + silu(s)[:, None], f[:, 1:]], 1)  # [N, M, C]
         return x + self.W3(f)
+
+    def coupled(self, u: Tensor, v: Tensor) -> Tensor:
+        """[N, M, C] twice → [N, J, C]."""
+        return self.G @ (u[:, :, None] * v[:, None]).flatten(1, 2)  # [N, J, C]
+
+
+class SparseTensorProduct(TensorProduct):
+    """The same numbers, pair by pair of degrees: what is always zero is left out.
+
+    More and smaller products of matrices, which pays at high degrees.
+    """
+
+    def __init__(self, L: int, config: facet.Config):
+        super().__init__(L, config)
+        M = (L + 1) ** 2
+        G = self.G.view(-1, M, M)  # [J, m1, m2]
+        order = []
+        self.blocks = []
+        for l1, l2 in product(range(L + 1), repeat=2):
+            block = G[:, facet.rows_of(l1), facet.rows_of(l2)].flatten(1)  # [J, m1 m2]
+            outputs = block.abs().sum(1).nonzero()[:, 0]
+            order.append(outputs)
+            self.register_buffer(f"G{l1}{l2}", block[outputs], persistent=False)
+            self.blocks.append((l1, l2))
+        self.register_buffer("back", torch.cat(order).argsort(), persistent=False)
+        del self.G
+
+    def coupled(self, u: Tensor, v: Tensor) -> Tensor:
+        """[N, M, C] twice → [N, J, C]."""
+        parts = []
+        for l1, l2 in self.blocks:
+            a = u[:, facet.rows_of(l1), None]  # [N, m1, 1, C]
+            b = v[:, None, facet.rows_of(l2)]  # [N, 1, m2, C]
+            parts.append(getattr(self, f"G{l1}{l2}") @ (a * b).flatten(1, 2))  # [N, rows, C]
+        return torch.cat(parts, 1).index_select(1, self.back)  # [N, J, C]
 
 
 # ─── The variants ────────────────────────────────────────────────────────────────────────────────
@@ -449,6 +487,79 @@ def measure(args, names: list[str]) -> dict:
         "variants": columns(list(table.values()))}
 
 
+UPDATES = {"product grid": facet.ProductGrid, "SiLU grid": facet.SiluGrid, "gate": Gate,
+           "linear only": LinearOnly, "tensor product, dense": TensorProduct,
+           "tensor product, by pairs": SparseTensorProduct}
+ATOMS = 256  # of the node updates that are timed alone
+
+
+def measure_updates(seconds: float) -> dict:
+    """Of the node update alone at L = 1 … 6: milliseconds of a call and of a call with all its
+    gradients, and the megabytes that are kept for these. With e3nn's, where it is installed.
+    """
+    kinds = dict(UPDATES)
+    if find_spec("e3nn"):
+        kinds["tensor product, e3nn"] = E3nnUpdate
+    jobs = {}
+    degrees = {}
+    for L in range(1, 7):
+        torch.manual_seed(0)
+        x = torch.randn(ATOMS, (L + 1) ** 2, facet.Config.channels)  # [N, M, C]
+        for kind, update in kinds.items():
+            module = update(L, facet.Config(("Si",), degree=L)).float()
+            call, step = make_update(module, x)
+            jobs[L, kind, "forward_ms"] = call
+            jobs[L, kind, "step_ms"] = step
+            degrees.setdefault(str(L), {})[kind] = {"step_MB": megabytes(step)}
+
+    for (L, kind, key), ms in in_turn(jobs, seconds, time.process_time).items():
+        one = degrees[str(L)][kind]
+        degrees[str(L)][kind] = {key: ms, **one}
+    order = ("forward_ms", "step_ms", "step_MB")
+    for degree in degrees.values():
+        for kind, one in degree.items():
+            degree[kind] = {key: one[key] for key in order}
+    return {"atoms": ATOMS, "kinds": list(kinds), "degrees": degrees}
+
+
+class E3nnUpdate(nn.Module):
+    """x → x + W₃ (W₁ x ⊗ W₂ x) by e3nn, in its own layout; a weight for each path and channel.
+
+    Without gates and without a bound on v, so it does less than TensorProduct.
+    """
+
+    def __init__(self, L: int, config: facet.Config):
+        from e3nn import o3
+
+        super().__init__()
+        C = config.channels
+        irreps = o3.Irreps([(C, (l, (-1) ** l)) for l in range(L + 1)])
+        paths = [(l1, l2, l3, "uuu", True) for l1, l2, l3 in product(range(L + 1), repeat=3)
+                 if abs(l1 - l2) <= l3 <= l1 + l2 and (l1 + l2 + l3) % 2 == 0]
+        self.W = nn.ModuleList(o3.Linear(irreps, irreps) for _ in range(3))
+        self.product = o3.TensorProduct(irreps, irreps, irreps, paths)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, M, C], read as e3nn's [N, M C] → [N, M C]."""
+        x = x.flatten(1)  # [N, M C]
+        W1, W2, W3 = self.W
+        return x + W3(self.product(W1(x), W2(x)))
+
+
+def make_update(module: nn.Module, x: Tensor) -> tuple[Callable, Callable]:
+    """A call without gradients, and one with those for weights and features, x [N, M, C]."""
+    def call() -> None:
+        with torch.no_grad():
+            module(x)
+
+    def step() -> None:
+        module.zero_grad()
+        features = x.clone().requires_grad_()  # [N, M, C]
+        module(features).square().sum().backward()
+
+    return call, step
+
+
 # ─── Training ────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -527,25 +638,37 @@ def main() -> None:
                         help="measure time and memory anew; train nothing")
     parser.add_argument("--seconds", type=float, default=300, help="of measuring")
     parser.add_argument("--draw", action="store_true", help="train nothing")
+    parser.add_argument("--updates", action="store_true",
+                        help="measure the node update alone at L = 1 … 6; train nothing")
     args = parser.parse_args()
     torch.set_num_threads(1)
+
+    if args.updates:
+        write_results("updates", measure_updates(args.seconds))
+        print("\n".join(updates()))
+        draw_results("updates")
+        return
 
     content = {"runs": {}} | read_results("ablations")
     names = [n for n, v in VARIANTS.items()
              if not args.only or {n, v.group} & {*args.only, "default"}]
     if args.timings:
-        content["timings"] = measure(args, list(VARIANTS))
+        content["timings"] = measure(args, names)
         write_results("ablations", content)
 
     if not (args.timings or args.draw):
-        content["steps"] = args.steps
+        content["steps"] = content.get("steps", {}) | dict.fromkeys(args.sets, args.steps)
         train_all(args, plan(args, names), content)
-    if content["runs"] and "timings" in content:
-        errors = ablation_errors(content)
-        for name in errors:
-            print("\n".join(ablations(name)) + "\n")
-        if any(len(variants) > 1 for variants in errors.values()):
-            draw_results("ablations")
+    timed = set(content.get("timings", {}).get("variants", {}).get("variant", []))
+    errors = ablation_errors(content) if content["runs"] else {}
+    untimed = {variant for variants in errors.values() for variant in variants} - timed
+    if untimed:
+        print(f"no table without times, with --timings: {', '.join(sorted(untimed))}")
+        return
+    for name in errors:
+        print("\n".join(ablations(name)) + "\n")
+    if errors:
+        draw_results("ablations")
 
 
 if __name__ == "__main__":

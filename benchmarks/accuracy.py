@@ -1,9 +1,10 @@
 """Test errors: Facet's with default settings, and Facet's and MACE's against processor time.
 
     python benchmarks/accuracy.py defaults --data FOLDER       # several seeds, means and spreads
-    python benchmarks/accuracy.py time --data FOLDER --mace runs/mace-*/curve.json    # 40 minutes
+    python benchmarks/accuracy.py defaults --data FOLDER --size small --seeds 0
     envs/mace/bin/python benchmarks/accuracy.py mace --data FOLDER --set Si --model 64 \\
         --epochs 48 --out runs/mace-Si-64                      # an hour and more
+    python benchmarks/accuracy.py time --data FOLDER --mace runs/mace-*/curve.json    # 20 minutes
 
 FOLDER holds the data (SETS in common.py says under what names; JSON is converted by tools.database
 into runs/benchmarks): silicon and lithium of Zuo et al., J. Phys. Chem. A 124, 731 (2020),
@@ -15,15 +16,16 @@ labelled by SevenNet-0. Options that this script does not know go on to train_sm
 
 defaults    Whole trainings by train_small.py on the published training sets, validation off, the
             same settings for all sets, one thread, ended after 10 minutes at the latest. Settings
-            were chosen on parts of the training sets; test files serve for this table alone.
-time        Whole trainings of several lengths, one thread each: Facet follows its clock, so each of
-            its points is a training of its own. Counted against Facet is the processor time of the
-            whole program: imports, reading, training. For Linux and macOS. With --reuse nothing is
-            trained: sets that have no such trainings take those of `defaults`.
+            were chosen on parts of the training sets; test files serve for this table alone. With
+            --size small or large no clock ends them.
+time        Facet while it trains, for several lengths: the errors at twenty points, on a tenth of
+            the training set that train_small.py holds back. Counted against Facet is the processor
+            time of the whole program but for those errors: imports, reading, training, checkpoints.
 mace        MACE's own trainer, by the Python of its environment (benchmarks/README.md), with the
-            test errors and CPU-seconds after every epoch in curve.json. Counted against MACE is
-            training alone, at the speed of its fastest epoch; and the test set serves as MACE's
-            validation set, so that its best epoch is chosen with knowledge of the answers.
+            errors on the same tenth, and CPU-seconds, after every epoch in curve.json. Counted
+            against MACE is training alone, at the speed of its fastest epoch on a CPU. A long curve
+            can come from a GPU (--device cuda): errors are the same, and two epochs on the CPU tell
+            what an epoch costs there.
 
 The settings of MACE are those of its documentation and of the MACE-MP-0 recipe: universal (Huber)
 loss with weights 1, 10 and 100 for energy, forces and stress (molecules: squares, weights 1 and
@@ -34,12 +36,16 @@ the last quarter; float32. Writes benchmarks/results/accuracy.json and its pictu
 from __future__ import annotations
 
 import argparse
+import contextlib
+import csv
 import importlib
 import json
+import os
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -58,11 +64,13 @@ from common import (
     versions,
     write_results,
 )
-from summary import ERRORS, STRESS, accuracy, time_to_accuracy
+from summary import ENERGY, FORCE, STRESS, accuracy, sizes, time_to_accuracy
 
 import facet
+import train_small
 from tools import evaluate
 from tools.frames import Frames, read
+from tools.labels import TABLE
 from tools.options import SIZES
 from tools.sets import split
 
@@ -109,7 +117,7 @@ def defaults(args: argparse.Namespace, more: list[str]) -> None:
     """Several seeds of every set; saved after each, so that hours of work outlive a stop."""
     torch.set_num_threads(1)  # of this process, which tests; trainings have their own
     content = read_results("accuracy")
-    stored = content.setdefault("defaults" if args.size == "medium" else args.size, {})
+    stored = content.setdefault("defaults", {})
     for name in args.sets:
         data_files(args.data, name)  # converted once, before several trainings want it
 
@@ -127,12 +135,27 @@ def defaults(args: argparse.Namespace, more: list[str]) -> None:
             if job.exception():  # the others go on, and are kept
                 failed.append(f"{name}, seed {seed}: {job.exception()}")
                 continue
-            found = [run for run in rows(stored.get(name, {})) if run["seed"] != seed]
-            found.append({"seed": seed, **job.result(), "hardware": hardware()})
-            stored[name] = columns(sorted(found, key=lambda run: run["seed"]))
+            run = {"seed": seed, **job.result(), "hardware": hardware()}
+            if args.size == "medium":
+                found = [other for other in rows(stored.get(name, {})) if other["seed"] != seed]
+                stored[name] = columns(sorted([*found, run], key=lambda run: run["seed"]))
+            else:
+                content["sizes"] = with_run(content.get("sizes", {}), args.size, name, run)
             write_results("accuracy", content)
-    print("\n".join([*accuracy(), *failed]))
+    print("\n".join([*accuracy(), "", *sizes(), *failed]))
     sys.exit(1 if failed else 0)
+
+
+def with_run(table: dict, size: str, name: str, run: dict) -> dict:
+    """The table of the other sizes, a row for each test file and seed, with those of this run."""
+    own = {"size": size, "set": name, "seed": run["seed"]}
+    kept = [row for row in rows(table) if not own.items() <= row.items()]
+    about = {key: run[key] for key in ("parameters", "steps", "train_seconds", "cpu_seconds",
+                                       "hardware")}
+    for label, errors in run["tests"].items():
+        numbers = {key: value for key, value in errors.items() if key != "constant"}
+        kept.append({**own, "test": label, **numbers, **about})
+    return columns(sorted(kept, key=lambda row: (row["size"], row["set"], row["seed"])))
 
 
 def parts(data: Path, name: str) -> dict[str, Frames]:
@@ -143,50 +166,80 @@ def parts(data: Path, name: str) -> dict[str, Frames]:
 
 
 def against_time(args: argparse.Namespace, more: list[str]) -> None:
-    """Facet's errors after several budgets, beside MACE's curves."""
+    """Facet's errors while it trains, beside MACE's; saved after each training."""
     content = read_results("accuracy")
     sets = content.setdefault("against_time", {})
-    for name in args.sets:
-        sets.setdefault(name, {"facet": {}, "mace": {}})
     for (name, model), run in mace_curves(args.mace).items():
         sets.setdefault(name, {"facet": {}, "mace": {}})["mace"][model] = run
 
-    if not args.reuse:
-        for name in args.sets:
-            data_files(args.data, name)
-        with ThreadPoolExecutor(args.parallel) as pool:
-            # longest first, so that the cores end together
-            jobs = {}
-            for minutes in sorted(args.minutes, reverse=True):
-                for name in args.sets:
-                    options = ["--threads", "1", "--minutes", str(minutes), *more]
-                    jobs[minutes, name] = pool.submit(training, args.data, name, options)
-        for name in args.sets:
-            points = []
-            for minutes in sorted(args.minutes):
-                result = jobs[minutes, name].result()
-                points.append({**point(result), "minutes": minutes, "hardware": hardware()})
-            sets[name]["facet"] = columns(points)
-    for name, one in sets.items():
-        if not one["facet"]:  # the default trainings will do, one of each seed
-            one["facet"] = columns([point(run) for run in rows(content["defaults"][name])])
+    # Longest first, so that the cores end together; a process each, whose clock counts it all
+    with ProcessPoolExecutor(args.parallel, get_context("spawn"), max_tasks_per_child=1) as pool:
+        jobs = {}
+        for minutes in sorted(args.minutes, reverse=True):
+            for name in args.sets:
+                jobs[pool.submit(watched, args.data, name, minutes)] = name
+        for job in as_completed(jobs):
+            curves = sets.setdefault(jobs[job], {"facet": {}, "mace": {}})["facet"]
+            run = job.result()
+            curves[f"{run['minutes']:g} minutes"] = run
+            write_results("accuracy", content)
     write_results("accuracy", content)
     print("\n".join(time_to_accuracy()))
 
     for name, one in sets.items():
-        machines = {run["hardware"] for run in one["mace"].values()}
-        other = set(one["facet"].get("hardware", [])) - machines
-        if machines and other:
-            print(f"{name}: CAUTION, Facet ran on {', '.join(other)}: shares compare machines, too")
+        machines = {run["hardware"] for run in (*one["mace"].values(), *one["facet"].values())}
+        if len(machines) > 1:
+            print(f"{name}: CAUTION, shares compare machines, too: {', '.join(sorted(machines))}")
     from pictures import draw_results
     draw_results("accuracy")
+
+
+def watched(data: Path, name: str, minutes: float) -> dict:
+    """One training with default settings, in a process of its own: the errors on the validation
+    part at twenty points, and this process' CPU-seconds until then, but for those of the errors.
+    """
+    torch.set_num_threads(1)
+    seconds = []
+    evaluation = 0.0  # CPU-seconds
+
+    class Watch(train_small.Log):
+        def __init__(self, folder, valid, length):
+            super().__init__(folder, valid, length)
+            self.watched = valid  # all of them, as MACE
+
+        def line(self, *line):
+            nonlocal evaluation
+            before = time.process_time()
+            seconds.append(before - evaluation)
+            super().line(*line)
+            evaluation += time.process_time() - before
+
+    files, _ = data_files(data, name)
+    settings = train_small.Settings(
+        train=tuple(str(path) for path in files), test=("0",), name=name, minutes=minutes,
+        device="cpu", workers=0)
+    train_small.Log = Watch  # in this process alone
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as quiet, \
+            contextlib.redirect_stdout(quiet):
+        train_small.main(settings, out=Path(folder))
+        with open(Path(folder) / name / "metrics.csv", encoding="utf-8") as file:
+            lines = list(csv.DictReader(file))
+
+    energy, forces, stress = [label.log.column(label.quantity, "mae") for label in TABLE]
+    curve = []
+    for cpu, line in zip(seconds, lines, strict=True):
+        curve.append({
+            "cpu_seconds": cpu, "step": int(line["step"]), ENERGY: float(line[energy]),
+            FORCE: float(line[forces]) / 1000, STRESS: float(line[stress])})
+    return {"minutes": minutes, "hardware": hardware(), "curve": columns(curve)}
 
 
 def mace_curves(paths: list[Path]) -> dict[tuple[str, str], dict]:
     """Curves by set and model, with a time axis at which every epoch costs what the fastest did.
 
-    Where several files are of one model and set, the longest is the curve; the others, undisturbed
-    epochs or another machine, count as clocks: the fastest epoch of all, and its hardware.
+    Where several files are of one model and set, the longest is the curve, wherever it was trained.
+    All that were trained on a CPU count as clocks: the fastest epoch, and its hardware. SystemExit
+    if none was.
     """
     files = {}
     for path in paths:
@@ -194,18 +247,21 @@ def mace_curves(paths: list[Path]) -> dict[tuple[str, str], dict]:
         files.setdefault((run.pop("set"), run.pop("model")), []).append(run)
 
     curves = {}
-    for key, same in files.items():
+    for (name, model), same in files.items():
         epochs = []
         for run in same:
-            seconds = [point["cpu_seconds"] for point in run["curve"]]
-            epochs.append((float(min(np.diff(seconds))), run["hardware"]))
+            if "--device=cpu" in run["arguments"]:
+                seconds = [point["cpu_seconds"] for point in run["curve"]]
+                epochs.append((float(min(np.diff(seconds))), run["hardware"]))
+        if not epochs:
+            sys.exit(f"{name}, {model}: no curve.json of a CPU: train two epochs there, too")
         longest = max(same, key=lambda run: len(run["curve"]))
+        longest["trained_on"] = longest.pop("hardware")
         epoch, longest["hardware"] = min(epochs)
         for i, point in enumerate(longest["curve"]):
-            point["cpu_seconds_measured"] = point["cpu_seconds"]
             point["cpu_seconds"] = i * epoch
         longest["curve"] = columns(longest["curve"])
-        curves[key] = longest
+        curves[name, model] = longest
     return curves
 
 
@@ -338,11 +394,11 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     one = commands.add_parser("time", allow_abbrev=False,
                               help="test errors against processor time, Facet and MACE")
     one.add_argument("--data", type=Path, required=True)
-    one.add_argument("--sets", nargs="+", default=["Si", "crystals"], choices=SETS)
-    one.add_argument("--minutes", nargs="+", type=float, default=[0.75, 1.5, 3, 6, 9.5])
+    one.add_argument("--sets", nargs="*", default=["Si", "AcAc", "crystals"], choices=SETS,
+                     help="to train on; none: only the tables and the picture")
+    one.add_argument("--minutes", nargs="+", type=float, default=[2, 10])
     one.add_argument("--mace", nargs="*", type=Path, default=[], help="curve.json files of `mace`")
     one.add_argument("--parallel", type=int, default=1, help="trainings at a time")
-    one.add_argument("--reuse", action="store_true", help="keep Facet's trainings of the results")
 
     one = commands.add_parser("mace", allow_abbrev=False, help="MACE's own training")
     one.add_argument("--data", type=Path, required=True)

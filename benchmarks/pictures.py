@@ -90,9 +90,9 @@ def paint_accuracy(figure: Figure, results: dict) -> None:
                 seconds, errors = run["curve"]["cpu_seconds"], run["curve"][key]
                 colour = PEERS.get(model, GREY)
                 axis.loglog(seconds[1:], errors[1:], color=colour, label=model)
-            facet = content["facet"]
-            axis.loglog(facet["cpu_seconds"], facet[key], "o", color=BLUE,
-                        label="Facet, whole trainings")
+            for i, (length, run) in enumerate(sorted(content["facet"].items())):
+                axis.loglog(run["curve"]["cpu_seconds"], run["curve"][key], "o-"[i:], color=BLUE,
+                            markersize=4, label=f"Facet, {length}")
             axis.set(ylabel=text)
             low, high = axis.get_ylim()
             if high < 5 * low:
@@ -141,7 +141,8 @@ def paint_ablations(figure: Figure, results: dict) -> None:
     panels = {}  # set: {variant: (ms, error, spread)}
     for name, errors in ablation_errors(results).items():
         ms = dict(zip(variants["variant"], variants["step_ms"][name], strict=True))
-        panels[name] = {v: (ms[v], *errors[v]) for v in errors if np.isfinite(errors[v][0])}
+        panels[name] = {v: (ms[v], np.mean(values), np.std(values))
+                        for v, values in errors.items() if np.isfinite(values).all()}
     panels = {name: points for name, points in panels.items() if len(points) > 1}
     groups = [g for g in titles if any(group_of[v] == g for one in panels.values() for v in one)]
 
@@ -165,7 +166,23 @@ def paint_ablations(figure: Figure, results: dict) -> None:
             axis.set_ylabel("force MAE (meV/Å)")
         if i == len(groups) - 1:
             axis.set_xlabel("training step (ms)")
-    figure.suptitle(f"test error after {results['steps']} steps against time of a step")
+    figure.suptitle("test error after training against time of a step")
+
+
+def paint_updates(figure: Figure, results: dict) -> None:
+    """Time and memory of the node update alone against the degree L."""
+    titles = {"forward_ms": "a call (ms)", "step_ms": "with its gradients (ms)",
+              "step_MB": "kept for the gradients (MB)"}
+    degrees = [int(L) for L in results["degrees"]]
+    for axis, (key, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
+        for kind in results["kinds"]:
+            values = [degree[kind][key] for degree in results["degrees"].values()]
+            width = 3 if kind == "product grid" else 1.3
+            axis.semilogy(degrees, values, "o-", markersize=4, linewidth=width, label=kind)
+        axis.set(title=title, xlabel="degree L", xticks=degrees)
+        axis.grid()
+    lines, words = axis.get_legend_handles_labels()
+    figure.legend(lines, words, loc="outside lower center", ncols=3, frameon=False)
 
 
 def paint_sevennet_trim(figure: Figure, results: dict) -> None:
@@ -271,6 +288,7 @@ def paint_equivariance(figure: Figure, results: dict) -> None:
 PICTURES = {  # of each results file, and how many inches high
     "speed": (paint_speed, 4.3), "accuracy": (paint_accuracy, 5.6),
     "relax": (paint_relaxation, 4.0), "ablations": (paint_ablations, 5.6),
+    "updates": (paint_updates, 3.8),
     "sevennet_trim": (paint_sevennet_trim, 5.2), "short_range": (paint_short_range, 6.6),
     "equivariance": (paint_equivariance, 6.0)}
 

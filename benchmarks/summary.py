@@ -126,44 +126,85 @@ def accuracy() -> list[str]:
         "constants: MAE", rows=lines)
 
 
-def crossing(facet: dict, key: str, goal: float) -> float | None:
-    """CPU-seconds at which Facet's error is down to the goal; None if it never is.
+def sizes() -> list[str]:
+    """Test errors of the three sizes, a line for each test file."""
+    medium = {}
+    for runs in default_trainings():
+        for label, found in runs["tests"].items():
+            medium[label] = {**found, "cpu_seconds": runs["cpu_seconds"]}
+    table_of = {"medium": medium}
+    content = read_results("accuracy").get("sizes", {})
+    for i, size in enumerate(content.get("size", [])):
+        of_test = table_of.setdefault(size, {}).setdefault(content["test"][i], {})
+        for key, column in content.items():
+            of_test.setdefault(key, []).append(column[i])
 
-    Between its trainings, on a line in log-log.
+    lines = []
+    for label, found in medium.items():
+        kind, units, _ = usual_errors(label, found)
+        cells = [label, f"{kind}, {' · '.join(units)}"]
+        for size, key in (("small", "cpu_seconds"), ("medium", "cpu_seconds"),
+                          ("large", "train_seconds")):
+            run = table_of.get(size, {}).get(label)
+            minutes = f"{np.mean(run[key]) / 60:.1f}" if run else "–"
+            cells += [" · ".join(usual_errors(label, run)[2]) if run else "–", minutes]
+        lines.append(cells)
+    return table("test errors by size", "of energy · forces", "small", "CPU-minutes", "medium",
+                 "CPU-minutes", "large, on a GPU", "minutes", rows=lines)
+
+
+def crossing(curve: dict, key: str, goal: float) -> float | None:
+    """CPU-seconds at which an error is down to the goal; None if it never is.
+
+    Between the points of the curve, on a line in log-log.
     """
-    order = np.argsort(facet["cpu_seconds"])
-    seconds = np.array(facet["cpu_seconds"])[order]
-    errors = np.array(facet[key])[order]
+    order = np.argsort(curve["cpu_seconds"])
+    seconds = np.array(curve["cpu_seconds"])[order]
+    errors = np.array(curve[key])[order]
     reached = np.flatnonzero(errors <= goal)
     if not len(reached):
         return None
     i = reached[0]
     if i == 0:
-        return float(seconds[0])  # the shortest training is enough: an upper bound
+        return float(seconds[0])  # the first point is enough: an upper bound
     t = np.log(seconds[i - 1 : i + 1])
     e = np.log(errors[i - 1 : i + 1])
     return float(np.exp(np.interp(-np.log(goal), -e, t)))
 
 
 def against_time(name: str, model: str = M64) -> dict[str, dict]:
-    """For each error: MACE's best and when, when Facet is as good, and Facet's own best."""
+    """For each error: MACE's best and when, when Facet is as good, and Facet's own best.
+
+    gain: by what share MACE's best is lower with the last quarter of its training than without.
+    """
     content = read_results("accuracy")["against_time"][name]
     curve = content["mace"][model]["curve"]
+    runs = [run["curve"] for run in content["facet"].values()]
     found = {}
     for key in ERRORS:
         best = int(np.argmin(curve[key]))
+        goal = curve[key][best]
+        before = min(curve[key][: len(curve[key]) * 3 // 4])
+        times = [crossing(run, key, goal) for run in runs]
         found[key] = {
-            "goal": curve[key][best],
+            "goal": goal,
             "mace": curve["cpu_seconds"][best],
-            "facet": crossing(content["facet"], key, curve[key][best]),
-            "best": min(content["facet"][key]),
+            "facet": min((seconds for seconds in times if seconds), default=None),
+            "best": min(min(run[key]) for run in runs),
+            "gain": 1 - goal / before,
         }
     return found
 
 
+DECIDED = 0.02  # MACE is done where its last quarter gains less than this
+
+
 def share(entry: dict) -> str:
-    """Facet's share of MACE's processor time."""
-    return f"{100 * entry['facet'] / entry['mace']:.0f} %" if entry["facet"] else "never"
+    """Facet's share of MACE's processor time, as far as it is decided."""
+    if not entry["facet"]:
+        return "never"
+    text = f"{100 * entry['facet'] / entry['mace']:.1f} %"
+    return text if entry["gain"] < DECIDED else f"not decided ({text})"
 
 
 def time_to_accuracy() -> list[str]:
@@ -173,11 +214,12 @@ def time_to_accuracy() -> list[str]:
         for model in content["mace"]:
             for key, entry in against_time(name, model).items():
                 facet = f"{entry['facet']:,.0f}" if entry["facet"] else "never"
-                cells = [f"{entry['goal']:.3g}", f"{entry['mace']:,.0f}", facet, share(entry)]
+                cells = [f"{entry['goal']:.3g}", f"{entry['mace']:,.0f}",
+                         f"{100 * entry['gain']:.1f} %", facet, share(entry)]
                 rows.append([f"{name}, {ERRORS[key]}", *cells, f"{entry['best']:.3g}"])
     return table(
-        "processor time until MACE's best error", "error", "MACE (s)", "Facet (s)", "share",
-        "Facet's best", rows=rows)
+        "processor time until MACE's best error", "error", "MACE (s)", "its last quarter gains",
+        "Facet (s)", "share", "Facet's best", rows=rows)
 
 
 # ─── Relaxation ──────────────────────────────────────────────────────────────────────────────────
@@ -258,44 +300,64 @@ def density() -> list[str]:
         "milliseconds, edge by edge → neighbours first", "one thread", "two threads", rows=rows)
 
 
-def ablation_errors(content: dict) -> dict[str, dict[str, tuple[float, float]]]:
-    """{set: {variant: (mean, spread over seeds)}} of the force MAE, meV/Å."""
+def ablation_errors(content: dict, key: str = FORCE) -> dict[str, dict[str, list[float]]]:
+    """{set: {variant: errors of all seeds}}, in thousandths for forces; nan: diverged."""
     runs = content["runs"]
+    factor = 1000 if key == FORCE else 1
     found = {}
     for i, variant in enumerate(runs["variant"]):
-        if runs["steps"][i] == content["steps"]:
-            errors = found.setdefault(runs["set"][i], {}).setdefault(variant, [])
-            error = runs[FORCE][i]
-            errors.append(np.nan if error is None else 1000 * error)  # None: diverged
-    for variants in found.values():
-        for variant, errors in variants.items():
-            spread = float(np.std(errors, ddof=len(errors) > 1))
-            variants[variant] = (float(np.mean(errors)), spread)
+        name = runs["set"][i]
+        if runs["steps"][i] == content["steps"].get(name):
+            error = runs[key][i]
+            errors = found.setdefault(name, {}).setdefault(variant, [])
+            errors.append(np.nan if error is None else factor * error)
     return found
 
 
 def ablations(name: str = "Si") -> list[str]:
-    """Each variant's time and memory over the default's, and its error, on one of SETS."""
+    """Each variant's time and memory over the default's, and its errors, on one of SETS."""
     content = read_results("ablations")
     variants = content["timings"]["variants"]
-    errors = ablation_errors(content).get(name, {})
+    errors = [ablation_errors(content, key).get(name, {}) for key in (ENERGY, FORCE)]
     default = variants["variant"].index("default")
     rows = []
     for i, variant in enumerate(variants["variant"]):
-        if variant not in errors and variants["group"][i] != "density":
+        if variant not in errors[0] and variants["group"][i] != "density":
             continue
         cells = [f"{variants['parameters'][i]:,}"]
         for column in (variants["evaluation_ms"], variants["step_ms"][name],
                        variants["step_MB"][name]):
             cells.append(f"{column[i] / column[default]:.2f} ×")
-        error = "as the default"
-        if variant in errors:
-            mean, spread = errors[variant]
-            error = f"{mean:.1f} ± {spread:.1f}"
-        rows.append([variant, *cells, error])
+        for found, digits in zip(errors, (2, 1), strict=True):
+            cells.append(spread(found[variant], digits) if variant in found else "as the default")
+        rows.append([variant, *cells])
+    steps = content["steps"].get(name)
+    length = f"{steps:,} steps" if steps else "whole trainings"
     return table(
-        f"{name}, {content['steps']} steps", "parameters", "evaluation", "training step", "memory",
-        "force MAE (meV/Å)", rows=rows)
+        f"{name}, {length}", "parameters", "evaluation", "training step", "memory",
+        "energy MAE (meV/atom)", "force MAE (meV/Å)", rows=rows)
+
+
+def ablations_of_molecules() -> list[str]:
+    """The same of acetylacetone at 300 K."""
+    return ablations("AcAc")
+
+
+def updates() -> list[str]:
+    """Time and memory of the node update alone, those of others over the product grid's."""
+    content = read_results("updates")
+    first, *others = content["kinds"]
+    lines = []
+    for L, degree in content["degrees"].items():
+        own = degree[first]
+        cells = [f"{own['forward_ms']:.2f} · {own['step_ms']:.2f} · {own['step_MB']:.1f}"]
+        for kind in others:
+            ratios = [degree[kind][key] / own[key] for key in own if key in degree[kind]]
+            cells.append(" · ".join(f"{ratio:.2g}" for ratio in ratios))
+        lines.append([f"L = {L}", *cells])
+    return table(
+        f"node update of {content['atoms']} atoms", f"{first}: ms · ms · MB",
+        *[f"{kind}, over that" for kind in others], rows=lines)
 
 
 def trim(rows: dict | None = None) -> list[str]:
@@ -395,15 +457,16 @@ def with_units(values: tuple[str, ...], units: tuple[str, ...]) -> str:
 
 def training_rows() -> dict[str, list[str]]:
     """Processor time until Facet's error is MACE's best."""
+    names = {"Si": "silicon", "AcAc": "acetylacetone", "crystals": "crystals of 15 elements"}
     rows = {}
-    for name, words in (("Si", "silicon"), ("crystals", "crystals of 15 elements")):
+    for name in read_results("accuracy")["against_time"]:
         for key, entry in against_time(name).items():
             error = {FORCE: "forces is {:.3g} eV/Å", ENERGY: "energies is {:.3g} meV/atom"}[key]
+            ours = f"{entry['facet']:,.0f} s; share: {share(entry)}" if entry["facet"] else "never"
             rows[name, key] = [
-                f"processor time of training on {words} until the mean absolute error of "
-                f"{error.format(entry['goal'])}, MACE's best",
-                f"{M64}: {entry['mace']:,.0f} s",
-                f"{entry['facet']:,.0f} s, {share(entry)} of that"]
+                f"processor time of training on {names[name]} until the mean absolute error of "
+                f"{error.format(entry['goal'])}, MACE's best", f"{M64}: {entry['mace']:,.0f} s",
+                ours]
     return rows
 
 
@@ -475,8 +538,9 @@ def table(*heading: str, rows: list[list]) -> list[str]:
 HERE = "benchmarks/README.md"
 TABLES = {  # and the page where each stands
     beside_peers: "README.md", all_comparisons: HERE, speed: HERE, accuracy: HERE,
-    time_to_accuracy: HERE, relaxation: HERE, dynamics: HERE, density: HERE, ablations: HERE,
-    trim: HERE, equivariance: HERE, short_range: HERE}
+    sizes: HERE, time_to_accuracy: HERE, relaxation: HERE, dynamics: HERE, density: HERE,
+    updates: HERE, ablations: HERE, ablations_of_molecules: HERE, trim: HERE, equivariance: HERE,
+    short_range: HERE}
 
 
 def write(lines: list[str], page: str) -> None:
