@@ -307,6 +307,76 @@ def test_options_of_two_versions_are_checked_before_anything_is_measured():
         assert status == 2 and reason in said.splitlines()[-1]
 
 
+# ─── Training compute ────────────────────────────────────────────────────────────────────────────
+
+
+def curve_file(folder: Path, device: str, seconds: float, errors: list[float]) -> Path:
+    """A curve.json of MACE on silicon: so many CPU-seconds an epoch, the second one slower."""
+    path = folder / f"{device}.json"
+    points = [{"cpu_seconds": i * seconds + (i > 1), summary.ENERGY: 1.0, summary.FORCE: error}
+              for i, error in enumerate(errors)]
+    path.write_text(json.dumps({"set": "Si", "model": summary.M64, "hardware": f"a {device}",
+                                "arguments": [f"--device={device}"], "curve": points}))
+    return path
+
+
+def test_curve_of_a_gpu_takes_the_time_of_an_epoch_from_a_cpu(tmp_path):
+    import accuracy
+
+    gpu = curve_file(tmp_path, "cuda", 1.0, [9.0, 5.0, 3.0, 2.0])
+    cpu = curve_file(tmp_path, "cpu", 80.0, [9.0, 5.0, 3.0])
+    for paths in ([gpu, cpu], [cpu, gpu]):
+        run = accuracy.mace_curves(paths)["Si", summary.M64]
+        assert run["curve"]["cpu_seconds"] == [0, 80, 160, 240]
+        assert run["curve"][summary.FORCE] == [9, 5, 3, 2]
+        assert (run["hardware"], run["trained_on"]) == ("a cpu", "a cuda")
+    with pytest.raises(SystemExit, match="no curve.json of a CPU"):
+        accuracy.mace_curves([gpu])
+
+
+def test_share_is_decided_where_mace_is_done(monkeypatch):
+    """The errors of its last quarter decide; Facet's time is that of the faster of two runs."""
+    def found(last: float) -> dict:
+        mace = {"cpu_seconds": list(range(0, 800, 100)), summary.ENERGY: [1.0] * 8,
+                summary.FORCE: [9, 6, 4, 2, 1, 1, 1, last]}
+        slow = {"cpu_seconds": [50, 100], summary.ENERGY: [3, 2], summary.FORCE: [3, 0.5]}
+        fast = {"cpu_seconds": [10, 20], summary.ENERGY: [3, 2], summary.FORCE: [3, 0.9]}
+        one = {"mace": {summary.M64: {"curve": mace}},
+               "facet": {"1 minute": {"curve": fast}, "2 minutes": {"curve": slow}}}
+        monkeypatch.setattr(summary, "read_results", lambda _: {"against_time": {"Si": one}})
+        return summary.against_time("Si")
+
+    forces = found(0.99)[summary.FORCE]
+    assert forces["mace"] == 700 and forces["best"] == 0.5
+    assert 10 < forces["facet"] < 20 and summary.share(forces) == "2.7 %"
+    assert forces["gain"] == pytest.approx(0.01)
+    assert summary.share(found(0.97)[summary.FORCE]).startswith("not decided (")
+    assert summary.share(found(0.4)[summary.FORCE]) == "never"
+    assert found(1.0)[summary.FORCE]["gain"] == 0
+    energies = found(1.0)[summary.ENERGY]
+    assert energies["facet"] is None and summary.share(energies) == "never"
+
+
+def test_run_of_another_size_takes_the_place_of_that_of_its_seed():
+    import accuracy
+
+    def run(seed: int, error: float) -> dict:
+        errors = {summary.FORCE: error, "constant": {summary.FORCE: 9.0}}
+        about = ("parameters", "steps", "train_seconds", "cpu_seconds", "hardware")
+        tests = {"Si, hot": errors, "Si, cold": errors}
+        return {"seed": seed, "tests": tests, **dict.fromkeys(about, 1)}
+
+    table = {}
+    for size, seed, error in (("small", 1, 0.5), ("small", 0, 0.4), ("large", 0, 0.2),
+                              ("small", 1, 0.3)):
+        table = accuracy.with_run(table, size, "Si", run(seed, error))
+    found = [(row["size"], row["seed"], row["test"], row[summary.FORCE])
+             for row in common.rows(table)]
+    assert found == [
+        ("large", 0, "Si, hot", 0.2), ("large", 0, "Si, cold", 0.2), ("small", 0, "Si, hot", 0.4),
+        ("small", 0, "Si, cold", 0.4), ("small", 1, "Si, hot", 0.3), ("small", 1, "Si, cold", 0.3)]
+
+
 # ─── The property table of other potentials ──────────────────────────────────────────────────────
 
 
@@ -378,6 +448,25 @@ def test_edge_wise_forms_give_the_same_numbers():
         found = other(batch)
         for name in ("energy", "forces", "stress"):
             torch.testing.assert_close(found[name], wanted[name], rtol=1e-9, atol=1e-9)
+
+
+def test_tensor_product_by_pairs_of_degrees_gives_the_same_numbers():
+    import ablations
+    import torch
+
+    import facet
+
+    for L in (0, 1, 3):
+        config = facet.Config(("Si",), degree=L)
+        torch.manual_seed(0)
+        dense = ablations.TensorProduct(L, config)
+        pairs = ablations.SparseTensorProduct(L, config)
+        pairs.load_state_dict(dense.state_dict())
+        x = torch.randn(3, (L + 1) ** 2, config.channels, dtype=torch.float64)
+        wanted = dense(x)
+        torch.testing.assert_close(pairs(x), wanted, rtol=1e-12, atol=1e-12)
+        pairs.w[0].data *= 1.01  # the control
+        assert (pairs(x) - wanted).abs().max() > 1e-4
 
 
 def test_swapped_parts_keep_the_symmetry_and_have_right_derivatives():

@@ -379,7 +379,7 @@ def test_learning_rates_and_weights_of_the_losses_follow_their_schedules(tmp_pat
         return parts
     with watch(torch.optim.AdamW), watch(torch.optim.Muon):
         with mock.patch.object(train_small, "losses", watched):
-            run(tmp_path, steps=60, lr=2e-3, muon_lr=7e-3, energy_weight=3.0, stress_weight=0.3,
+            run(tmp_path, steps=60, lr=2e-3, muon_lr=7e-3, energy_weight=3.0, stress_weight=0.7,
                 valid=("0",), test=("0",))
     wanted = []
     for step in range(1, 61):
@@ -390,7 +390,7 @@ def test_learning_rates_and_weights_of_the_losses_follow_their_schedules(tmp_pat
         same(f"AdamW {step}", rates[torch.optim.AdamW][step - 1] / 2e-3, rate, "formula")
         same(f"Muon {step}", rates[torch.optim.Muon][step - 1] / 7e-3, rate, "formula")
         found = [weights[name][step - 1] for name in ("energy", "forces", "stress")]
-        same(f"weights {step}", found, [of_energy, 1, 0.3], "float32 formula")
+        same(f"weights {step}", found, [of_energy, 1, 0.7], "float32 formula")
     assert {*map(len, weights.values()), *map(len, rates.values())} == {60}
     same("energy at first", weights["energy"][0], 3.0 / 20, "float32 formula")
     same("warm-up is over", rates[torch.optim.Muon][49] / 7e-3,
@@ -402,7 +402,7 @@ def test_learning_rates_and_weights_of_the_losses_follow_their_schedules(tmp_pat
         rate, of_energy = wanted[int(row["step"]) - 1]
         same("rate", float(row["lr"]) / 2e-3, rate, "formula")
         energy, forces, stress = (float(row[f"loss_{of}"]) for of in ALL)
-        loss = of_energy * energy + forces + 0.3 * stress
+        loss = of_energy * energy + forces + 0.7 * stress
         same("loss", float(row["loss"]) / loss, 1, "float32 formula")
 
 
@@ -1609,6 +1609,9 @@ def test_old_results_are_never_overwritten(tmp_path):
     (["--activation", "relu"], "activation"), (["--channels", "12"], "groups"),
     (["--test", "x"], "--test without --train"), (["--device", "cdua"], "no such device"),
     (["--resume", "a", "--lr", "1e-3"], "--lr cannot be changed"),
+    (["--size", "huge"], "invalid choice: 'huge'"),
+    (["--size", "large", "--resume", "a"], "--size large: a model that is there has its size"),
+    (["--size", "medium", "--init", "a"], "--size medium: a model that is there has its size"),
 ), ids=" ".join)
 def test_wrong_command_gets_one_sentence(words, message, capsys):
     with pytest.raises(SystemExit) as error:
@@ -1685,6 +1688,19 @@ def test_command_line_gives_the_settings(tmp_path, capsys):
     assert error.value.code == 0
     for name in train_small.Settings.__dataclass_fields__:
         assert f"--{name} " in text
+
+
+def test_size_sets_what_is_not_given():
+    parameters = []
+    for size, numbers in options.SIZES.items():
+        s, _ = train_small.parse(["--size", size])
+        assert s == train_small.Settings(**numbers)
+        model = facet.Facet(s.config(("Si",)))
+        parameters.append(sum(p.numel() for p in model.parameters()))
+    assert parameters == sorted(set(parameters)), "each is larger than the one before"
+    assert train_small.parse([])[0] == train_small.parse(["--size", "medium"])[0]
+    s, _ = train_small.parse(["--size", "large", "--degree", "1", "--lr", "0.1"])
+    assert s == train_small.Settings(**{**options.SIZES["large"], "degree": 1, "lr": 0.1})
 
 
 def test_resume_refuses_what_it_cannot_use(tmp_path):
