@@ -12,6 +12,7 @@
     density  sum over neighbours first against edge by edge: the same numbers, so only time and
              memory are measured
     size     degree L, channels C, layers T
+    degree   other node updates at L = 1 and 3
 
 Every variant is the default model with one part replaced by a small subclass of facet.py's, or one
 number of its Config changed; everything else, learning rates included, stays as train_small.py has
@@ -280,6 +281,30 @@ class SparseTensorProduct(TensorProduct):
         return torch.cat(parts, 1).index_select(1, self.back)  # [N, J, C]
 
 
+class E3nnUpdate(nn.Module):
+    """x → x + W₃ (W₁ x ⊗ W₂ x) by e3nn, in its own layout; a weight for each path and channel.
+
+    Without gates and without a bound on v, so it does less than TensorProduct.
+    """
+
+    def __init__(self, L: int, config: facet.Config):
+        from e3nn import o3
+
+        super().__init__()
+        C = config.channels
+        irreps = o3.Irreps([(C, (l, (-1) ** l)) for l in range(L + 1)])
+        paths = [(l1, l2, l3, "uuu", True) for l1, l2, l3 in product(range(L + 1), repeat=3)
+                 if abs(l1 - l2) <= l3 <= l1 + l2 and (l1 + l2 + l3) % 2 == 0]
+        self.W = nn.ModuleList(o3.Linear(irreps, irreps) for _ in range(3))
+        self.product = o3.TensorProduct(irreps, irreps, irreps, paths)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, M, C], read as e3nn's [N, M C] → [N, M C]."""
+        x = x.flatten(1)  # [N, M C]
+        W1, W2, W3 = self.W
+        return x + W3(self.product(W1(x), W2(x)))
+
+
 # ─── The variants ────────────────────────────────────────────────────────────────────────────────
 
 
@@ -445,10 +470,10 @@ def make_evaluation(name: str) -> Callable:
     return lambda: model(batch)
 
 
-def megabytes(step: Callable) -> float:
+def megabytes(step: Callable, module: nn.Module | None = None) -> float:
     """What a training step keeps for its derivatives, each piece of memory once.
 
-    Tensors that come and go are not in it.
+    Tensors that come and go are not in it, nor those of the module, which are there anyway.
     """
     kept = {}  # holding them keeps their addresses from being used again
 
@@ -458,6 +483,8 @@ def megabytes(step: Callable) -> float:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         step()
+    for tensor in (*module.parameters(), *module.buffers()) if module else ():
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
     return sum(storage.nbytes() for storage in kept.values()) / 1e6
 
 
@@ -490,60 +517,7 @@ def measure(args, names: list[str]) -> dict:
 UPDATES = {"product grid": facet.ProductGrid, "SiLU grid": facet.SiluGrid, "gate": Gate,
            "linear only": LinearOnly, "tensor product, dense": TensorProduct,
            "tensor product, by pairs": SparseTensorProduct}
-ATOMS = 256  # of the node updates that are timed alone
-
-
-def measure_updates(seconds: float) -> dict:
-    """Of the node update alone at L = 1 … 6: milliseconds of a call and of a call with all its
-    gradients, and the megabytes that are kept for these. With e3nn's, where it is installed.
-    """
-    kinds = dict(UPDATES)
-    if find_spec("e3nn"):
-        kinds["tensor product, e3nn"] = E3nnUpdate
-    jobs = {}
-    degrees = {}
-    for L in range(1, 7):
-        torch.manual_seed(0)
-        x = torch.randn(ATOMS, (L + 1) ** 2, facet.Config.channels)  # [N, M, C]
-        for kind, update in kinds.items():
-            module = update(L, facet.Config(("Si",), degree=L)).float()
-            call, step = make_update(module, x)
-            jobs[L, kind, "forward_ms"] = call
-            jobs[L, kind, "step_ms"] = step
-            degrees.setdefault(str(L), {})[kind] = {"step_MB": megabytes(step)}
-
-    for (L, kind, key), ms in in_turn(jobs, seconds, time.process_time).items():
-        one = degrees[str(L)][kind]
-        degrees[str(L)][kind] = {key: ms, **one}
-    order = ("forward_ms", "step_ms", "step_MB")
-    for degree in degrees.values():
-        for kind, one in degree.items():
-            degree[kind] = {key: one[key] for key in order}
-    return {"atoms": ATOMS, "kinds": list(kinds), "degrees": degrees}
-
-
-class E3nnUpdate(nn.Module):
-    """x → x + W₃ (W₁ x ⊗ W₂ x) by e3nn, in its own layout; a weight for each path and channel.
-
-    Without gates and without a bound on v, so it does less than TensorProduct.
-    """
-
-    def __init__(self, L: int, config: facet.Config):
-        from e3nn import o3
-
-        super().__init__()
-        C = config.channels
-        irreps = o3.Irreps([(C, (l, (-1) ** l)) for l in range(L + 1)])
-        paths = [(l1, l2, l3, "uuu", True) for l1, l2, l3 in product(range(L + 1), repeat=3)
-                 if abs(l1 - l2) <= l3 <= l1 + l2 and (l1 + l2 + l3) % 2 == 0]
-        self.W = nn.ModuleList(o3.Linear(irreps, irreps) for _ in range(3))
-        self.product = o3.TensorProduct(irreps, irreps, irreps, paths)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, M, C], read as e3nn's [N, M C] → [N, M C]."""
-        x = x.flatten(1)  # [N, M C]
-        W1, W2, W3 = self.W
-        return x + W3(self.product(W1(x), W2(x)))
+UPDATED = 256  # atoms whose node update is timed alone
 
 
 def make_update(module: nn.Module, x: Tensor) -> tuple[Callable, Callable]:
@@ -558,6 +532,32 @@ def make_update(module: nn.Module, x: Tensor) -> tuple[Callable, Callable]:
         module(features).square().sum().backward()
 
     return call, step
+
+
+def measure_updates(seconds: float) -> dict:
+    """Of the node update alone at L = 1 … 6: milliseconds of a call and of a call with all its
+    gradients, and the megabytes that are kept for these. With e3nn's, where it is installed.
+    """
+    kinds = dict(UPDATES)
+    if find_spec("e3nn"):
+        kinds["tensor product, e3nn"] = E3nnUpdate
+    jobs = {}
+    kept = {}
+    for L, (kind, update) in product(range(1, 7), kinds.items()):
+        torch.manual_seed(0)
+        x = torch.randn(UPDATED, (L + 1) ** 2, facet.Config.channels)  # [N, M, C]
+        module = update(L, facet.Config(("Si",), degree=L)).float()
+        call, step = make_update(module, x)
+        jobs[L, kind, "call"] = call
+        jobs[L, kind, "step"] = step
+        kept[L, kind] = megabytes(step, module)
+
+    ms = in_turn(jobs, seconds, time.process_time)
+    degrees = {}
+    for (L, kind), MB in kept.items():
+        degrees.setdefault(str(L), {})[kind] = {
+            "forward_ms": ms[L, kind, "call"], "step_ms": ms[L, kind, "step"], "step_MB": MB}
+    return {"atoms": UPDATED, "kinds": list(kinds), "degrees": degrees}
 
 
 # ─── Training ────────────────────────────────────────────────────────────────────────────────────
@@ -585,7 +585,6 @@ def train(folder: Path, run: dict, device: str) -> dict:
     torch.manual_seed(run["seed"])
     model = build(run["variant"], config).to(device)
     nothing = frames[:0]  # there is nothing to choose, so nothing to validate
-    start = time.process_time()
     with tempfile.TemporaryDirectory() as where, open(os.devnull, "w") as quiet, \
             contextlib.redirect_stdout(quiet):
         try:
@@ -593,9 +592,8 @@ def train(folder: Path, run: dict, device: str) -> dict:
         except train_small.BadInput as reason:
             diverged = str(reason).split(", ")[0]
             return {**run, ENERGY: np.nan, FORCE: np.nan, "diverged": diverged}
-    core_seconds = time.process_time() - start
     errors = evaluate.errors(evaluate.predict(model, test), test)
-    return {**run, **errors, "core_seconds": core_seconds}
+    return {**run, **errors, "device": device}
 
 
 def train_all(args, runs: list[dict], content: dict) -> None:
@@ -607,6 +605,9 @@ def train_all(args, runs: list[dict], content: dict) -> None:
     with ProcessPoolExecutor(args.parallel, get_context("spawn")) as pool:
         futures = [pool.submit(train, args.data, run, args.device) for run in left]
         for done, future in enumerate(as_completed(futures), 1):
+            if future.exception():  # the others go on, and are kept
+                print(f"{done:4d}/{len(left)} failed: {future.exception()}", flush=True)
+                continue
             run = future.result()
             found.append(run)
             content["runs"] = columns(found)
@@ -635,7 +636,7 @@ def main() -> None:
                         help="trainings at a time, each on one thread")
     parser.add_argument("--device", default="cpu", help="of the trainings")
     parser.add_argument("--timings", action="store_true",
-                        help="measure time and memory anew; train nothing")
+                        help="measure time and memory of the chosen anew; train nothing")
     parser.add_argument("--seconds", type=float, default=300, help="of measuring")
     parser.add_argument("--draw", action="store_true", help="train nothing")
     parser.add_argument("--updates", action="store_true",
@@ -659,11 +660,14 @@ def main() -> None:
     if not (args.timings or args.draw):
         content["steps"] = content.get("steps", {}) | dict.fromkeys(args.sets, args.steps)
         train_all(args, plan(args, names), content)
-    timed = set(content.get("timings", {}).get("variants", {}).get("variant", []))
     errors = ablation_errors(content) if content["runs"] else {}
-    untimed = {variant for variants in errors.values() for variant in variants} - timed
+    errors = {name: variants for name, variants in errors.items() if len(variants) > 1}
+    timed = {row["variant"]: row["step_ms"]
+             for row in rows(content.get("timings", {}).get("variants", {}))}
+    untimed = [f"{variant} on {name}" for name, variants in errors.items() for variant in variants
+               if name not in timed.get(variant, {})]
     if untimed:
-        print(f"no table without times, with --timings: {', '.join(sorted(untimed))}")
+        print(f"no table before --timings of {', '.join(untimed)}")
         return
     for name in errors:
         print("\n".join(ablations(name)) + "\n")

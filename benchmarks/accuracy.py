@@ -1,4 +1,4 @@
-"""Test errors: Facet's with default settings, and Facet's and MACE's against processor time.
+"""Test errors of Facet with default settings; Facet's and MACE's errors against processor time.
 
     python benchmarks/accuracy.py defaults --data FOLDER       # several seeds, means and spreads
     python benchmarks/accuracy.py defaults --data FOLDER --size small --seeds 0
@@ -16,22 +16,24 @@ labelled by SevenNet-0. Options that this script does not know go on to train_sm
 
 defaults    Whole trainings by train_small.py on the published training sets, validation off, the
             same settings for all sets, one thread, ended after 10 minutes at the latest. Settings
-            were chosen on parts of the training sets; test files serve for this table alone. With
-            --size small or large no clock ends them.
-time        Facet while it trains, for several lengths: the errors at twenty points, on a tenth of
-            the training set that train_small.py holds back. Counted against Facet is the processor
-            time of the whole program but for those errors: imports, reading, training, checkpoints.
+            were chosen on parts of the training sets. With --size small or large no clock ends
+            them.
+time        Facet while it trains, for parts of the steps that a training has by default: the errors
+            at twenty points, on a tenth of the training set that train_small.py holds back. Counted
+            against Facet is the processor time of the whole program but for those errors: imports,
+            reading, training, checkpoints.
 mace        MACE's own trainer, by the Python of its environment (benchmarks/README.md), with the
             errors on the same tenth, and CPU-seconds, after every epoch in curve.json. Counted
             against MACE is training alone, at the speed of its fastest epoch on a CPU. A long curve
-            can come from a GPU (--device cuda): errors are the same, and two epochs on the CPU tell
-            what an epoch costs there.
+            can come from a GPU (--device cuda), by the same trainer with the same settings and
+            seed; then two epochs on the CPU tell what an epoch costs there.
 
 The settings of MACE are those of its documentation and of the MACE-MP-0 recipe: universal (Huber)
 loss with weights 1, 10 and 100 for energy, forces and stress (molecules: squares, weights 1 and
 100, E0 of the free atoms), AMSGrad at 0.01, batches of 5 or 10 structures, EMA 0.99, learning rate
-× 0.8 after 5 epochs without gain, stage two (energy weight 1000, stochastic weight averaging) for
-the last quarter; float32. Writes benchmarks/results/accuracy.json and its picture.
+× 0.8 after 5 epochs without gain, stage two (energy weight 1000, stochastic weight averaging) from
+epoch --stage_two on; float32. Options that this script does not know go on to MACE. Writes
+benchmarks/results/accuracy.json and its picture.
 """
 from __future__ import annotations
 
@@ -44,15 +46,18 @@ import os
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 from common import (
     ROOT,
     SETS,
+    WORK,
     columns,
     command_line,
     data_files,
@@ -69,10 +74,9 @@ from summary import ENERGY, FORCE, STRESS, accuracy, sizes, time_to_accuracy
 import facet
 import train_small
 from tools import evaluate
-from tools.frames import Frames, read
+from tools.frames import load_sets
 from tools.labels import TABLE
 from tools.options import SIZES
-from tools.sets import split
 
 MODELS = {
     # the 64-channel model of the tables, MACE-MP-0 small, MACE-MP-0 medium
@@ -99,7 +103,8 @@ def training(data: Path, name: str, options: list[str]) -> dict:
         trained = json.loads((run / "result.json").read_text())
         model = facet.load(run / "model.pt")
 
-    result = {key: trained[key] for key in ("parameters", "steps", "train_seconds", "padding")}
+    kept = ("parameters", "steps", "train_seconds", "padding", "device")
+    result = {key: trained[key] for key in kept}
     result["cpu_seconds"] = cpu_seconds
     result["tests"] = {}
     for label, frames in read_set(data, name)[1].items():
@@ -116,18 +121,15 @@ def training(data: Path, name: str, options: list[str]) -> dict:
 def defaults(args: argparse.Namespace, more: list[str]) -> None:
     """Several seeds of every set; saved after each, so that hours of work outlive a stop."""
     torch.set_num_threads(1)  # of this process, which tests; trainings have their own
-    content = read_results("accuracy")
-    stored = content.setdefault("defaults", {})
     for name in args.sets:
         data_files(args.data, name)  # converted once, before several trainings want it
 
-    limit = ["--minutes", "10"] if args.size == "medium" else []
+    own = ["--minutes", "10"] if args.size == "medium" else ["--size", args.size]
     with ThreadPoolExecutor(args.parallel) as pool:
         jobs = {}
         for seed in args.seeds:
             for name in args.sets:
-                options = ["--seed", str(seed), "--threads", "1", "--size", args.size,
-                           *limit, *more]
+                options = ["--seed", str(seed), "--threads", "1", *own, *more]
                 jobs[pool.submit(training, args.data, name, options)] = (name, seed)
         failed = []
         for job in as_completed(jobs):
@@ -136,7 +138,9 @@ def defaults(args: argparse.Namespace, more: list[str]) -> None:
                 failed.append(f"{name}, seed {seed}: {job.exception()}")
                 continue
             run = {"seed": seed, **job.result(), "hardware": hardware()}
+            content = read_results("accuracy")  # as it is now: others write there, too
             if args.size == "medium":
+                stored = content.setdefault("defaults", {})
                 found = [other for other in rows(stored.get(name, {})) if other["seed"] != seed]
                 stored[name] = columns(sorted([*found, run], key=lambda run: run["seed"]))
             else:
@@ -151,40 +155,41 @@ def with_run(table: dict, size: str, name: str, run: dict) -> dict:
     own = {"size": size, "set": name, "seed": run["seed"]}
     kept = [row for row in rows(table) if not own.items() <= row.items()]
     about = {key: run[key] for key in ("parameters", "steps", "train_seconds", "cpu_seconds",
-                                       "hardware")}
+                                       "device", "hardware")}
     for label, errors in run["tests"].items():
         numbers = {key: value for key, value in errors.items() if key != "constant"}
         kept.append({**own, "test": label, **numbers, **about})
     return columns(sorted(kept, key=lambda row: (row["size"], row["set"], row["seed"])))
 
 
-def parts(data: Path, name: str) -> dict[str, Frames]:
-    """Frames to train on and to validate on: the training set, as train_small.py splits it."""
+def nine_tenths(data: Path, name: str) -> train_small.Settings:
+    """Settings that train on a set but for a tenth of it, which is validated on; no test."""
     files, _ = data_files(data, name)
-    train, valid = split(read([str(path) for path in files]), 0, ("to validate",))
-    return {"train": train, "valid": valid}
+    return train_small.Settings(train=tuple(str(path) for path in files), test=("0",), name=name)
 
 
-def against_time(args: argparse.Namespace, more: list[str]) -> None:
+def against_time(args: argparse.Namespace) -> None:
     """Facet's errors while it trains, beside MACE's; saved after each training."""
     content = read_results("accuracy")
     sets = content.setdefault("against_time", {})
     for (name, model), run in mace_curves(args.mace).items():
         sets.setdefault(name, {"facet": {}, "mace": {}})["mace"][model] = run
+    for name in args.sets:
+        data_files(args.data, name)  # converted once, and not at the expense of a training
 
     # Longest first, so that the cores end together; a process each, whose clock counts it all
-    with ProcessPoolExecutor(args.parallel, get_context("spawn"), max_tasks_per_child=1) as pool:
-        jobs = {}
-        for minutes in sorted(args.minutes, reverse=True):
-            for name in args.sets:
-                jobs[pool.submit(watched, args.data, name, minutes)] = name
-        for job in as_completed(jobs):
-            curves = sets.setdefault(jobs[job], {"facet": {}, "mace": {}})["facet"]
-            run = job.result()
-            curves[f"{run['minutes']:g} minutes"] = run
-            write_results("accuracy", content)
-    write_results("accuracy", content)
-    print("\n".join(time_to_accuracy()))
+    jobs = [(args.data, name, share) for share in sorted(args.shares, reverse=True)
+            for name in args.sets]
+    failed = []
+    with get_context("spawn").Pool(args.parallel, torch.set_num_threads, [1], 1) as pool:
+        for name, share, run in pool.imap_unordered(facet_curve_or_reason, jobs):
+            if isinstance(run, str):  # the others go on, and are kept
+                failed.append(f"{name}, {share:g} of a training: {run}")
+                continue
+            sets.setdefault(name, {"facet": {}, "mace": {}})["facet"][f"{share:g}"] = run
+            write_results("accuracy", {**read_results("accuracy"), "against_time": sets})
+    write_results("accuracy", {**read_results("accuracy"), "against_time": sets})
+    print("\n".join([*time_to_accuracy(), *failed]))
 
     for name, one in sets.items():
         machines = {run["hardware"] for run in (*one["mace"].values(), *one["facet"].values())}
@@ -192,17 +197,27 @@ def against_time(args: argparse.Namespace, more: list[str]) -> None:
             print(f"{name}: CAUTION, shares compare machines, too: {', '.join(sorted(machines))}")
     from pictures import draw_results
     draw_results("accuracy")
+    sys.exit(1 if failed else 0)
 
 
-def watched(data: Path, name: str, minutes: float) -> dict:
-    """One training with default settings, in a process of its own: the errors on the validation
-    part at twenty points, and this process' CPU-seconds until then, but for those of the errors.
+def facet_curve_or_reason(job: tuple[Path, str, float]) -> tuple[str, float, dict | str]:
+    """The set and share of a job, and the curve, or why there is none."""
+    data, name, share = job
+    try:
+        return name, share, facet_curve(nine_tenths(data, name), share)
+    except Exception as error:
+        return name, share, f"{type(error).__name__}: {error}"
+
+
+def facet_curve(settings: train_small.Settings, share: float) -> dict:
+    """One training on the CPU with so many of the steps that it has by default: the errors on the
+    validation part at twenty points, and the CPU-seconds of this process until then, but for those
+    of the errors.
     """
-    torch.set_num_threads(1)
-    seconds = []
+    moments = []
     evaluation = 0.0  # CPU-seconds
 
-    class Watch(train_small.Log):
+    class WholeLog(train_small.Log):
         def __init__(self, folder, valid, length):
             super().__init__(folder, valid, length)
             self.watched = valid  # all of them, as MACE
@@ -210,28 +225,28 @@ def watched(data: Path, name: str, minutes: float) -> dict:
         def line(self, *line):
             nonlocal evaluation
             before = time.process_time()
-            seconds.append(before - evaluation)
+            moments.append(before - evaluation)
             super().line(*line)
             evaluation += time.process_time() - before
 
-    files, _ = data_files(data, name)
-    settings = train_small.Settings(
-        train=tuple(str(path) for path in files), test=("0",), name=name, minutes=minutes,
-        device="cpu", workers=0)
-    train_small.Log = Watch  # in this process alone
+    def shorter(*of, usual=train_small.length_of) -> int:
+        return max(20, round(share * usual(*of)))
+
+    settings = replace(settings, device="cpu", workers=0)
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as quiet, \
-            contextlib.redirect_stdout(quiet):
-        train_small.main(settings, out=Path(folder))
-        with open(Path(folder) / name / "metrics.csv", encoding="utf-8") as file:
+            contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet), \
+            mock.patch.multiple(train_small, Log=WholeLog, length_of=shorter):
+        result = train_small.main(settings, out=Path(folder))
+        with open(Path(folder) / settings.name / "metrics.csv", encoding="utf-8") as file:
             lines = list(csv.DictReader(file))
 
     energy, forces, stress = [label.log.column(label.quantity, "mae") for label in TABLE]
     curve = []
-    for cpu, line in zip(seconds, lines, strict=True):
+    for cpu, line in zip(moments, lines, strict=True):
         curve.append({
             "cpu_seconds": cpu, "step": int(line["step"]), ENERGY: float(line[energy]),
             FORCE: float(line[forces]) / 1000, STRESS: float(line[stress])})
-    return {"minutes": minutes, "hardware": hardware(), "curve": columns(curve)}
+    return {"steps": result["steps"], "hardware": hardware(), "curve": columns(curve)}
 
 
 def mace_curves(paths: list[Path]) -> dict[tuple[str, str], dict]:
@@ -239,16 +254,19 @@ def mace_curves(paths: list[Path]) -> dict[tuple[str, str], dict]:
 
     Where several files are of one model and set, the longest is the curve, wherever it was trained.
     All that were trained on a CPU count as clocks: the fastest epoch, and its hardware. SystemExit
-    if none was.
+    if none was, or if the trainings differ in more than their length and the device.
     """
     files = {}
     for path in paths:
         run = json.loads(path.read_text(encoding="utf-8"))
-        files.setdefault((run.pop("set"), run.pop("model")), []).append(run)
+        if len(run["curve"]) > 1:
+            files.setdefault((run.pop("set"), run.pop("model")), []).append(run)
 
     curves = {}
     for (name, model), same in files.items():
         epochs = []
+        if len({alike(run) for run in same}) > 1:
+            sys.exit(f"{name}, {model}: the curve.json files are not of the same training")
         for run in same:
             if "--device=cpu" in run["arguments"]:
                 seconds = [point["cpu_seconds"] for point in run["curve"]]
@@ -265,15 +283,25 @@ def mace_curves(paths: list[Path]) -> dict[tuple[str, str], dict]:
     return curves
 
 
+def alike(run: dict) -> str:
+    """What must be the same for one training to be the clock of another."""
+    free = ("--device=", "--max_num_epochs=", "--start_swa=")
+    settings = [word for word in run["arguments"] if not word.startswith(free)]
+    return json.dumps([run["frames"], run["threads"], settings])
+
+
 # ─── MACE ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def converted(data: Path, name: str, out: Path) -> dict[str, Path]:
-    """The same frames as extended XYZ, under the names that MACE expects: train and valid."""
+def converted(data: Path, name: str, out: Path) -> tuple[dict[str, Path], list[int]]:
+    """The frames that Facet trains on and validates on, as extended XYZ, under the names that MACE
+    expects, and how many they are.
+    """
     import ase.io
 
+    train, valid, _ = load_sets(nine_tenths(data, name), WORK, None)
     files = {}
-    for part, frames in parts(data, name).items():
+    for part, frames in (("train", train), ("valid", valid)):
         images = []
         for frame in frames:
             labels = frame.calc.results
@@ -287,11 +315,11 @@ def converted(data: Path, name: str, out: Path) -> dict[str, Path]:
             images.append(atoms)
         files[part] = out / f"{part}.xyz"
         ase.io.write(files[part], images, format="extxyz")
-    return files
+    return files, [len(train), len(valid)]
 
 
 class Curve:
-    """Test errors and CPU-seconds of training after every epoch, kept in curve.json."""
+    """Validation errors and CPU-seconds of training after every epoch, kept in curve.json."""
 
     def __init__(self, path: Path, about: dict):
         self.path = path
@@ -332,7 +360,7 @@ def mace(args: argparse.Namespace, more: list[str]) -> None:
     """MACE's own training."""
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
-    files = converted(args.data, args.set, args.out)
+    files, frames = converted(args.data, args.set, args.out)
 
     # after the conversion: importing MACE changes settings of the process
     from mace.cli import run_train
@@ -357,7 +385,8 @@ def mace(args: argparse.Namespace, more: list[str]) -> None:
     arguments += more
     curve = Curve(args.out / "curve.json", {
         "set": args.set, "model": FULL_NAMES.get(args.model, f"MACE {args.model}"),
-        "threads": args.threads, "hardware": hardware(),
+        "threads": args.threads, "frames": frames,
+        "hardware": torch.cuda.get_device_name() if args.device == "cuda" else hardware(),
         "versions": versions("torch", "mace-torch", "e3nn"), "arguments": arguments})
 
     paths = [
@@ -392,11 +421,12 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     one.add_argument("--parallel", type=int, default=1, help="trainings at a time")
 
     one = commands.add_parser("time", allow_abbrev=False,
-                              help="test errors against processor time, Facet and MACE")
+                              help="errors against processor time, Facet and MACE")
     one.add_argument("--data", type=Path, required=True)
     one.add_argument("--sets", nargs="*", default=["Si", "AcAc", "crystals"], choices=SETS,
                      help="to train on; none: only the tables and the picture")
-    one.add_argument("--minutes", nargs="+", type=float, default=[2, 10])
+    one.add_argument("--shares", nargs="+", type=float, default=[0.1, 0.5],
+                     help="of the steps that a training has by default")
     one.add_argument("--mace", nargs="*", type=Path, default=[], help="curve.json files of `mace`")
     one.add_argument("--parallel", type=int, default=1, help="trainings at a time")
 
@@ -412,13 +442,18 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     one.add_argument("--threads", type=int, default=1)
     one.add_argument("--device", default="cpu")
     one.add_argument("--out", type=Path, required=True)
-    return parser.parse_known_args()
+    args, more = parser.parse_known_args()
+    if more and args.command == "time":
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    return args, more
 
 
 def main() -> None:
     args, more = parse()
-    commands = {"defaults": defaults, "time": against_time, "mace": mace}
-    commands[args.command](args, more)
+    if args.command == "time":
+        against_time(args)
+    else:
+        {"defaults": defaults, "mace": mace}[args.command](args, more)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ PURPLE, BROWN, PINK, GREY = "#9d72e3", "#b0862b", "#d565a6", "#808080"
 PEERS = {
     "Facet": BLUE, "MACE 64x0e+64x1o": ORANGE, "MACE 128x0e": RED, "MACE 128x0e+128x1o": BROWN,
     "SevenNet-0": PURPLE, "NequIP": GREEN, "NequIP compiled": PINK}
+MARKERS = "osD^v"
 FAINT = "#80808055"  # lines of a grid
 
 STYLE = {
@@ -90,9 +91,10 @@ def paint_accuracy(figure: Figure, results: dict) -> None:
                 seconds, errors = run["curve"]["cpu_seconds"], run["curve"][key]
                 colour = PEERS.get(model, GREY)
                 axis.loglog(seconds[1:], errors[1:], color=colour, label=model)
-            for i, (length, run) in enumerate(sorted(content["facet"].items())):
-                axis.loglog(run["curve"]["cpu_seconds"], run["curve"][key], "o-"[i:], color=BLUE,
-                            markersize=4, label=f"Facet, {length}")
+            runs = sorted(content["facet"].values(), key=lambda run: run["steps"])
+            for run, marker in zip(runs, MARKERS, strict=False):
+                axis.loglog(run["curve"]["cpu_seconds"], run["curve"][key], marker + "-",
+                            color=BLUE, markersize=4, label=f"Facet, {run['steps']:,} steps")
             axis.set(ylabel=text)
             low, high = axis.get_ylim()
             if high < 5 * low:
@@ -141,7 +143,7 @@ def paint_ablations(figure: Figure, results: dict) -> None:
     panels = {}  # set: {variant: (ms, error, spread)}
     for name, errors in ablation_errors(results).items():
         ms = dict(zip(variants["variant"], variants["step_ms"][name], strict=True))
-        panels[name] = {v: (ms[v], np.mean(values), np.std(values))
+        panels[name] = {v: (ms[v], np.mean(values), np.std(values, ddof=len(values) > 1))
                         for v, values in errors.items() if np.isfinite(values).all()}
     panels = {name: points for name, points in panels.items() if len(points) > 1}
     groups = [g for g in titles if any(group_of[v] == g for one in panels.values() for v in one)]

@@ -310,13 +310,15 @@ def test_options_of_two_versions_are_checked_before_anything_is_measured():
 # ─── Training compute ────────────────────────────────────────────────────────────────────────────
 
 
-def curve_file(folder: Path, device: str, seconds: float, errors: list[float]) -> Path:
+def curve_file(folder: Path, device: str, seconds: float, errors: list[float],
+               **changes) -> Path:
     """A curve.json of MACE on silicon: so many CPU-seconds an epoch, the second one slower."""
     path = folder / f"{device}.json"
     points = [{"cpu_seconds": i * seconds + (i > 1), summary.ENERGY: 1.0, summary.FORCE: error}
               for i, error in enumerate(errors)]
-    path.write_text(json.dumps({"set": "Si", "model": summary.M64, "hardware": f"a {device}",
-                                "arguments": [f"--device={device}"], "curve": points}))
+    about = {"set": "Si", "model": summary.M64, "hardware": f"a {device}", "threads": 1,
+             "frames": [9, 1], "arguments": ["--lr=1", f"--device={device}"]}
+    path.write_text(json.dumps({**about, "curve": points, **changes}), encoding="utf-8")
     return path
 
 
@@ -332,29 +334,85 @@ def test_curve_of_a_gpu_takes_the_time_of_an_epoch_from_a_cpu(tmp_path):
         assert (run["hardware"], run["trained_on"]) == ("a cpu", "a cuda")
     with pytest.raises(SystemExit, match="no curve.json of a CPU"):
         accuracy.mace_curves([gpu])
+    for changes in ({"frames": [10, 0]}, {"threads": 2}, {"arguments": ["--device=cpu"]}):
+        cpu = curve_file(tmp_path, "cpu", 80.0, [9.0, 5.0, 3.0], **changes)
+        with pytest.raises(SystemExit, match="not of the same training"):
+            accuracy.mace_curves([gpu, cpu])
 
 
 def test_share_is_decided_where_mace_is_done(monkeypatch):
-    """The errors of its last quarter decide; Facet's time is that of the faster of two runs."""
-    def found(last: float) -> dict:
+    """The last quarter of its stage decides; Facet's time is that of the faster of two runs."""
+    def found(forces: list[float], second: int = 8) -> dict:
         mace = {"cpu_seconds": list(range(0, 800, 100)), summary.ENERGY: [1.0] * 8,
-                summary.FORCE: [9, 6, 4, 2, 1, 1, 1, last]}
-        slow = {"cpu_seconds": [50, 100], summary.ENERGY: [3, 2], summary.FORCE: [3, 0.5]}
+                summary.FORCE: forces}
         fast = {"cpu_seconds": [10, 20], summary.ENERGY: [3, 2], summary.FORCE: [3, 0.9]}
-        one = {"mace": {summary.M64: {"curve": mace}},
-               "facet": {"1 minute": {"curve": fast}, "2 minutes": {"curve": slow}}}
+        slow = {"cpu_seconds": [50, 100], summary.ENERGY: [3, 2], summary.FORCE: [3, 0.5]}
+        one = {"mace": {summary.M64: {"curve": mace, "arguments": [f"--start_swa={second}"]}},
+               "facet": {"0.1": {"curve": fast}, "0.5": {"curve": slow}}}
         monkeypatch.setattr(summary, "read_results", lambda _: {"against_time": {"Si": one}})
+        assert summary.both_there() == ["Si"]
         return summary.against_time("Si")
 
-    forces = found(0.99)[summary.FORCE]
-    assert forces["mace"] == 700 and forces["best"] == 0.5
-    assert 10 < forces["facet"] < 20 and summary.share(forces) == "2.7 %"
-    assert forces["gain"] == pytest.approx(0.01)
-    assert summary.share(found(0.97)[summary.FORCE]).startswith("not decided (")
-    assert summary.share(found(0.4)[summary.FORCE]) == "never"
-    assert found(1.0)[summary.FORCE]["gain"] == 0
-    energies = found(1.0)[summary.ENERGY]
-    assert energies["facet"] is None and summary.share(energies) == "never"
+    done = found([9, 6, 4, 2, 1, 1, 1, 0.99])[summary.FORCE]
+    assert done["mace_best"] == 0.99 and done["gain"] == pytest.approx(0.01)
+    assert done["best"] == 0.5 and 300 < done["mace"] <= 400 and 10 < done["facet"] < 20
+    assert summary.share(done) == f"{100 * done['facet'] / done['mace']:.1f} %"
+
+    falling = found([9, 6, 4, 2, 1, 1, 1, 0.97])[summary.FORCE]
+    assert summary.share(falling).startswith("not decided (")
+    rising = [9, 6, 4, 2, 1, 3, 3, 3]
+    assert found(rising)[summary.FORCE]["gain"] == 0, "stage one went on for long without a gain"
+    assert found(rising, 4)[summary.FORCE]["gain"] == 0.75, "stage one was cut off"
+
+    never = found([9, 6, 4, 2, 1, 0.4, 0.4, 0.4])[summary.FORCE]
+    assert never["facet"] is None and summary.share(never) == "never"
+
+
+def test_curve_of_facet_counts_what_training_takes_and_not_its_errors(tmp_path, monkeypatch):
+    """Twenty points; on the whole validation part, which is slow to look at here."""
+    import time
+
+    import accuracy
+    import ase.build
+    import ase.io
+    from ase.calculators.emt import EMT
+
+    from tools import evaluate
+
+    frames = []
+    for seed in range(20):
+        atoms = ase.build.bulk("Cu", cubic=True)
+        atoms.rattle(0.1, seed=seed)
+        atoms.calc = EMT()
+        atoms.get_potential_energy()
+        frames.append(atoms)
+    path = tmp_path / "cu.extxyz"
+    ase.io.write(path, frames)
+    monkeypatch.setattr(accuracy, "data_files", lambda *_: ([path], {}))
+    settings = accuracy.nine_tenths(tmp_path, "cu")
+    files, counts = accuracy.converted(tmp_path, "cu", tmp_path)
+    assert counts == [18, 2] and len(ase.io.read(files["valid"], ":")) == 2
+    seen = []
+
+    def slow(model, frames, usual=evaluate.predict):
+        seen.append(sorted(atoms.get_potential_energy() for atoms in frames))
+        end = time.process_time() + 0.1
+        while time.process_time() < end:
+            pass
+        return usual(model, frames)
+
+    small = accuracy.replace(settings, channels=8, groups=2, degree=1, epochs=20)
+    monkeypatch.setattr("tools.run.WATCHED", 1)
+    monkeypatch.setattr(evaluate, "predict", slow)
+    before = time.process_time()
+    run = accuracy.facet_curve(small, 0.5)
+    curve = run["curve"]
+    assert run["steps"] == curve["step"][-1] == 20 and len(curve["cpu_seconds"]) == 20
+    assert (np.diff(curve["cpu_seconds"]) > 0).all()
+    spent = curve["cpu_seconds"][-1] - before
+    assert 0 < spent < time.process_time() - before - 19 * 0.1, "errors are counted"
+    wanted = sorted(atoms.info["REF_energy"] for atoms in ase.io.read(files["valid"], ":"))
+    assert seen[0] == pytest.approx(wanted), "not the frames that MACE is validated on"
 
 
 def test_run_of_another_size_takes_the_place_of_that_of_its_seed():
@@ -362,7 +420,7 @@ def test_run_of_another_size_takes_the_place_of_that_of_its_seed():
 
     def run(seed: int, error: float) -> dict:
         errors = {summary.FORCE: error, "constant": {summary.FORCE: 9.0}}
-        about = ("parameters", "steps", "train_seconds", "cpu_seconds", "hardware")
+        about = ("parameters", "steps", "train_seconds", "cpu_seconds", "device", "hardware")
         tests = {"Si, hot": errors, "Si, cold": errors}
         return {"seed": seed, "tests": tests, **dict.fromkeys(about, 1)}
 
