@@ -64,7 +64,7 @@ def test_links_of_the_page_lead_somewhere():
 def test_pictures_are_those_that_the_page_shows():
     shown = set(re.findall(r"\(figures/(\w+\.png)\)", PAGE.read_text(encoding="utf-8")))
     there = {path.name for path in (HERE / "figures").iterdir() if "_cuda" not in path.name}
-    assert shown == there and len(shown) == 7
+    assert shown == there and len(shown) == 8
 
 
 def test_page_names_every_script_and_every_requirements_file():
