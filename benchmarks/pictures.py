@@ -16,7 +16,7 @@ from common import FIGURES, RESULTS, atoms_in, command_line, read_results
 from cycler import cycler
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
-from summary import ERRORS, WAYS, ablation_errors
+from summary import ERRORS, WAYS, ablation_errors, both_there
 
 WIDTH = 9.0  # inches: a page shows a picture about as wide as this at 100 dots per inch
 BLUE, ORANGE, GREEN, RED = "#3b8eea", "#e0752d", "#2ea06b", "#e0524d"
@@ -83,7 +83,7 @@ def paint_speed(figure: Figure, results: dict) -> None:
 
 def paint_accuracy(figure: Figure, results: dict) -> None:
     """Errors against CPU-seconds, a column per set."""
-    sets = results["against_time"]
+    sets = {name: results["against_time"][name] for name in both_there()}
     axes = figure.subplots(2, len(sets), squeeze=False, sharex="col")
     for column, (name, content) in zip(axes.T, sets.items(), strict=True):
         for axis, (key, text) in zip(column, ERRORS.items(), strict=True):
@@ -91,18 +91,19 @@ def paint_accuracy(figure: Figure, results: dict) -> None:
                 seconds, errors = run["curve"]["cpu_seconds"], run["curve"][key]
                 colour = PEERS.get(model, GREY)
                 axis.loglog(seconds[1:], errors[1:], color=colour, label=model)
-            runs = sorted(content["facet"].values(), key=lambda run: run["steps"])
-            for run, marker in zip(runs, MARKERS, strict=False):
+            runs = sorted(content["facet"].items(), key=lambda run: float(run[0]))
+            for (share, run), marker in zip(runs, MARKERS, strict=False):
                 axis.loglog(run["curve"]["cpu_seconds"], run["curve"][key], marker + "-",
-                            color=BLUE, markersize=4, label=f"Facet, {run['steps']:,} steps")
+                            color=BLUE, markersize=4, label=f"Facet, {share} of its usual steps")
             axis.set(ylabel=text)
             low, high = axis.get_ylim()
             if high < 5 * low:
                 plain_numbers(axis.yaxis)
             axis.grid()
         column[0].set_title(name)
-        column[0].legend()
         column[1].set_xlabel("CPU-seconds of training")
+    lines, words = axes[0, 0].get_legend_handles_labels()
+    figure.legend(lines, words, loc="outside lower center", ncols=3, frameon=False)
 
 
 def paint_relaxation(figure: Figure, results: dict) -> None:
@@ -155,6 +156,9 @@ def paint_ablations(figure: Figure, results: dict) -> None:
         axis.set(xscale="log", yscale="log", title=f"{name}: {title}")
         shown = [v for v in points if group_of[v] in (groups[i], "default")]
         shown.sort(key=lambda v: points[v][1])
+        if shown == ["default"]:
+            axis.set_visible(False)
+            continue
         for variant, height in zip(shown, np.linspace(0, 1, len(shown)), strict=True):
             ms, error, spread = points[variant]
             ink = BLUE if variant == "default" else colour

@@ -111,6 +111,7 @@ def accuracy() -> list[str]:
     lines = []
     for runs in default_trainings():
         minutes = f"{np.mean(runs['cpu_seconds']) / 60:.1f}"
+        steps = f"{np.mean(runs['steps']):,.0f}"
         for label, found in runs["tests"].items():
             kind, units, values = usual_errors(label, found)
             stress = "–" if found[STRESS][0] is None else spread(found[STRESS], 3)
@@ -119,11 +120,11 @@ def accuracy() -> list[str]:
                 value = found["constant"][key][0]
                 digits = ",.0f" if (value or 0) >= 100 else ".3g"
                 constants.append("–" if value is None else f"{value:{digits}}")
-            lines.append([label, f"{kind}, {' · '.join(units)}", *values, stress, minutes,
+            lines.append([label, f"{kind}, {' · '.join(units)}", *values, stress, minutes, steps,
                           " · ".join(constants)])
     return table(
         "test errors", "of energy · forces", "energy", "forces", "stress MAE (GPa)", "CPU-minutes",
-        "constants: MAE", rows=lines)
+        "steps", "constants: MAE", rows=lines)
 
 
 def sizes() -> list[str]:
@@ -205,7 +206,8 @@ def against_time(name: str, model: str = M64) -> dict[str, dict]:
 
 def both_there() -> list[str]:
     """Sets of which there are curves of Facet and of the MACE that they are compared with."""
-    sets = read_results("accuracy").get("against_time", {})
+    found = read_results("accuracy").get("against_time", {})
+    sets = {name: found[name] for name in SETS if name in found}
     return [name for name, one in sets.items() if one["facet"] and M64 in one["mace"]]
 
 
