@@ -553,11 +553,11 @@ def measure_updates(seconds: float) -> dict:
         kept[L, kind] = megabytes(step, module)
 
     ms = in_turn(jobs, seconds, time.process_time)
-    degrees = {}
+    table = []
     for (L, kind), MB in kept.items():
-        degrees.setdefault(str(L), {})[kind] = {
-            "forward_ms": ms[L, kind, "call"], "step_ms": ms[L, kind, "step"], "step_MB": MB}
-    return {"atoms": UPDATED, "kinds": list(kinds), "degrees": degrees}
+        table.append({"L": L, "kind": kind, "forward_ms": ms[L, kind, "call"],
+                      "step_ms": ms[L, kind, "step"], "step_MB": MB})
+    return {"atoms": UPDATED, "updates": columns(table)}
 
 
 # ─── Training ────────────────────────────────────────────────────────────────────────────────────

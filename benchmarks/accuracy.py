@@ -103,7 +103,7 @@ def training(data: Path, name: str, options: list[str]) -> dict:
         trained = json.loads((run / "result.json").read_text())
         model = facet.load(run / "model.pt")
 
-    kept = ("parameters", "steps", "train_seconds", "padding", "device")
+    kept = ("parameters", "steps", "train_seconds", "device")
     result = {key: trained[key] for key in kept}
     result["cpu_seconds"] = cpu_seconds
     result["tests"] = {}
@@ -139,26 +139,19 @@ def defaults(args: argparse.Namespace, more: list[str]) -> None:
                 continue
             run = {"seed": seed, **job.result(), "hardware": hardware()}
             content = read_results("accuracy")  # as it is now: others write there, too
-            if args.size == "medium":
-                stored = content.setdefault("defaults", {})
-                found = [other for other in rows(stored.get(name, {})) if other["seed"] != seed]
-                stored[name] = columns(sorted([*found, run], key=lambda run: run["seed"]))
-            else:
-                content["sizes"] = with_run(content.get("sizes", {}), args.size, name, run)
+            content["tests"] = with_run(content.get("tests", {}), args.size, name, run)
             write_results("accuracy", content)
     print("\n".join([*accuracy(), "", *sizes(), *failed]))
     sys.exit(1 if failed else 0)
 
 
 def with_run(table: dict, size: str, name: str, run: dict) -> dict:
-    """The table of the other sizes, a row for each test file and seed, with those of this run."""
+    """The table of all sizes, a row for each test file and seed, with those of this run."""
     own = {"size": size, "set": name, "seed": run["seed"]}
     kept = [row for row in rows(table) if not own.items() <= row.items()]
-    about = {key: run[key] for key in ("parameters", "steps", "train_seconds", "cpu_seconds",
-                                       "device", "hardware")}
+    about = {key: value for key, value in run.items() if key not in ("tests", "seed")}
     for label, errors in run["tests"].items():
-        numbers = {key: value for key, value in errors.items() if key != "constant"}
-        kept.append({**own, "test": label, **numbers, **about})
+        kept.append({**own, "test": label, **errors, **about})
     return columns(sorted(kept, key=lambda row: (row["size"], row["set"], row["seed"])))
 
 

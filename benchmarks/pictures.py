@@ -16,7 +16,7 @@ from common import FIGURES, RESULTS, atoms_in, command_line, read_results
 from cycler import cycler
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
-from summary import ERRORS, WAYS, ablation_errors, both_there
+from summary import ERRORS, WAYS, ablation_errors, both_there, updates_by_degree
 
 WIDTH = 9.0  # inches: a page shows a picture about as wide as this at 100 dots per inch
 BLUE, ORANGE, GREEN, RED = "#3b8eea", "#e0752d", "#2ea06b", "#e0524d"
@@ -177,15 +177,14 @@ def paint_ablations(figure: Figure, results: dict) -> None:
 
 def paint_updates(figure: Figure, results: dict) -> None:
     """Time and memory of the node update alone against the degree L."""
-    titles = {"forward_ms": "a call (ms)", "step_ms": "with its gradients (ms)",
-              "step_MB": "kept for the gradients (MB)"}
-    degrees = [int(L) for L in results["degrees"]]
-    for axis, (key, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
-        for kind in results["kinds"]:
-            values = [degree[kind][key] for degree in results["degrees"].values()]
+    titles = ("a call (ms)", "with its gradients (ms)", "kept for the gradients (MB)")
+    degrees = updates_by_degree(results)
+    for i, (axis, title) in enumerate(zip(figure.subplots(1, 3), titles, strict=True)):
+        for kind in degrees[1]:
+            values = [degree[kind][i] for degree in degrees.values()]
             width = 3 if kind == "product grid" else 1.3
-            axis.semilogy(degrees, values, "o-", markersize=4, linewidth=width, label=kind)
-        axis.set(title=title, xlabel="degree L", xticks=degrees)
+            axis.semilogy(list(degrees), values, "o-", markersize=4, linewidth=width, label=kind)
+        axis.set(title=title, xlabel="degree L", xticks=list(degrees))
         axis.grid()
     lines, words = axis.get_legend_handles_labels()
     figure.legend(lines, words, loc="outside lower center", ncols=3, frameon=False)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import sys
 
 import numpy as np
-from common import ROOT, SETS, command_line, read_results
+from common import ROOT, SETS, columns, command_line, read_results
+from common import rows as rows_of
 
 M64 = "MACE 64x0e+64x1o"
 M128 = "MACE 128x0e"
@@ -100,28 +101,30 @@ def usual_errors(label: str, found: dict) -> tuple[str, tuple[str, str], tuple[s
     return "MAE", ("meV/atom", "eV/Å"), (spread(found[ENERGY], 2), spread(found[FORCE], 4))
 
 
-def default_trainings() -> list[dict]:
-    """Those of each set, in the order of SETS."""
-    found = read_results("accuracy")["defaults"]
-    return [found[name] for name in SETS if name in found]
+def trainings(size: str = "medium") -> dict[str, dict]:
+    """{test file: columns of the trainings of this size}, in the order of SETS."""
+    found = {label: [] for _, tests in SETS.values() for label in tests}
+    for row in rows_of(read_results("accuracy")["tests"]):
+        if row["size"] == size:
+            found[row["test"]].append(row)
+    return {label: columns(runs) for label, runs in found.items() if runs}
 
 
 def accuracy() -> list[str]:
     """Test errors with default settings, a line for each test file."""
     lines = []
-    for runs in default_trainings():
-        minutes = f"{np.mean(runs['cpu_seconds']) / 60:.1f}"
-        steps = f"{np.mean(runs['steps']):,.0f}"
-        for label, found in runs["tests"].items():
-            kind, units, values = usual_errors(label, found)
-            stress = "–" if found[STRESS][0] is None else spread(found[STRESS], 3)
-            constants = []
-            for key in (ENERGY, FORCE, STRESS):
-                value = found["constant"][key][0]
-                digits = ",.0f" if (value or 0) >= 100 else ".3g"
-                constants.append("–" if value is None else f"{value:{digits}}")
-            lines.append([label, f"{kind}, {' · '.join(units)}", *values, stress, minutes, steps,
-                          " · ".join(constants)])
+    for label, found in trainings().items():
+        kind, units, values = usual_errors(label, found)
+        stress = "–" if found[STRESS][0] is None else spread(found[STRESS], 3)
+        constants = []
+        for key in (ENERGY, FORCE, STRESS):
+            value = found["constant"][key][0]
+            digits = ",.0f" if (value or 0) >= 100 else ".3g"
+            constants.append("–" if value is None else f"{value:{digits}}")
+        lines.append([
+            label, f"{kind}, {' · '.join(units)}", *values, stress,
+            f"{np.mean(found['cpu_seconds']) / 60:.1f}", f"{np.mean(found['steps']):,.0f}",
+            " · ".join(constants)])
     return table(
         "test errors", "of energy · forces", "energy", "forces", "stress MAE (GPa)", "CPU-minutes",
         "steps", "constants: MAE", rows=lines)
@@ -129,24 +132,14 @@ def accuracy() -> list[str]:
 
 def sizes() -> list[str]:
     """Test errors of the three sizes, a line for each test file."""
-    medium = {}
-    for runs in default_trainings():
-        for label, found in runs["tests"].items():
-            medium[label] = {**found, "cpu_seconds": runs["cpu_seconds"]}
-    table_of = {"medium": medium}
-    content = read_results("accuracy").get("sizes", {})
-    for i, size in enumerate(content.get("size", [])):
-        of_test = table_of.setdefault(size, {}).setdefault(content["test"][i], {})
-        for key, column in content.items():
-            of_test.setdefault(key, []).append(column[i])
-
+    found = {size: trainings(size) for size in ("small", "medium", "large")}
+    clock = {"small": "cpu_seconds", "medium": "cpu_seconds", "large": "train_seconds"}
     lines = []
-    for label, found in medium.items():
-        kind, units, _ = usual_errors(label, found)
+    for label, medium in found["medium"].items():
+        kind, units, _ = usual_errors(label, medium)
         cells = [label, f"{kind}, {' · '.join(units)}"]
-        for size, key in (("small", "cpu_seconds"), ("medium", "cpu_seconds"),
-                          ("large", "train_seconds")):
-            run = table_of.get(size, {}).get(label)
+        for size, key in clock.items():
+            run = found[size].get(label)
             minutes = f"{np.mean(run[key]) / 60:.1f}" if run else "–"
             cells += [" · ".join(usual_errors(label, run)[2]) if run else "–", minutes]
         lines.append(cells)
@@ -216,7 +209,7 @@ def share(entry: dict) -> str:
     if not entry["facet"]:
         return "never"
     text = f"{100 * entry['facet'] / entry['mace']:.1f} %"
-    return text if entry["gain"] < NEAR else f"not decided ({text})"
+    return text if entry["gain"] < NEAR else f"{text}, not decided"
 
 
 def time_to_accuracy() -> list[str]:
@@ -354,21 +347,32 @@ def ablations_of_molecules() -> list[str]:
     return ablations("AcAc")
 
 
+MEASURED = ("forward_ms", "step_ms", "step_MB")  # of a node update alone
+
+
+def updates_by_degree(content: dict) -> dict[int, dict[str, list[float]]]:
+    """{L: {kind of node update: MEASURED}}."""
+    table = content["updates"]
+    found = {}
+    for i, (L, kind) in enumerate(zip(table["L"], table["kind"], strict=True)):
+        found.setdefault(L, {})[kind] = [table[key][i] for key in MEASURED]
+    return found
+
+
 def updates() -> list[str]:
     """Time and memory of the node update alone, those of others over the product grid's."""
     content = read_results("updates")
-    first, *others = content["kinds"]
     lines = []
-    for L, degree in content["degrees"].items():
-        own = degree[first]
-        cells = [f"{own['forward_ms']:.2f} · {own['step_ms']:.2f} · {own['step_MB']:.1f}"]
-        for kind in others:
-            ratios = [degree[kind][key] / own[key] for key in own]
-            cells.append(" · ".join(f"{ratio:.2g}" for ratio in ratios))
+    for L, degree in updates_by_degree(content).items():
+        own, *others = degree.values()
+        cells = [f"{own[0]:.2f} · {own[1]:.2f} · {own[2]:.1f}"]
+        for other in others:
+            cells.append(" · ".join(f"{a / b:.2g}" for a, b in zip(other, own, strict=True)))
         lines.append([f"L = {L}", *cells])
+    first, *kinds = degree
     return table(
         f"node update of {content['atoms']} atoms", f"{first}: ms · ms · MB",
-        *[f"{kind}, over that" for kind in others], rows=lines)
+        *[f"{kind}, over that" for kind in kinds], rows=lines)
 
 
 def trim(rows: dict | None = None) -> list[str]:
@@ -447,19 +451,18 @@ def speed_rows() -> dict[str, list[str]]:
 
 def error_rows() -> dict[str, list[str]]:
     """Test errors beside published ones, a line for each test file that has some."""
-    rows = {}
-    for runs in default_trainings():
-        for label, found in runs["tests"].items():
-            if label not in PUBLISHED:
-                continue
-            kind, units, values = usual_errors(label, found)
-            peers = []
-            for peer, errors in PUBLISHED[label].items():
-                peers.append(f"{peer}: {with_units(errors, units)}")
-            mean = {"MAE": "mean absolute", "RMSE": "root mean square"}[kind]
-            rows[label] = [f"test errors, {label}: {mean} error of energies, of forces",
-                           "; ".join(peers), with_units(values, units)]
-    return rows
+    lines = {}
+    for label, found in trainings().items():
+        if label not in PUBLISHED:
+            continue
+        kind, units, values = usual_errors(label, found)
+        peers = []
+        for peer, errors in PUBLISHED[label].items():
+            peers.append(f"{peer}: {with_units(errors, units)}")
+        mean = {"MAE": "mean absolute", "RMSE": "root mean square"}[kind]
+        lines[label] = [f"test errors, {label}: {mean} error of energies, of forces",
+                        "; ".join(peers), with_units(values, units)]
+    return lines
 
 
 def with_units(values: tuple[str, ...], units: tuple[str, ...]) -> str:
@@ -472,7 +475,7 @@ def training_rows() -> dict[str, list[str]]:
     for name in both_there():
         for key, entry in against_time(name).items():
             error = {FORCE: "forces is {:.3g} eV/Å", ENERGY: "energies is {:.3g} meV/atom"}[key]
-            ours = f"{entry['facet']:,.0f} s; share: {share(entry)}" if entry["facet"] else "never"
+            ours = f"{entry['facet']:,.0f} s: {share(entry)}" if entry["facet"] else "never"
             rows[name, key] = [
                 f"processor time of training on {name} until the mean absolute error of "
                 f"{error.format(entry['mace_best'])}, MACE's best, to {100 * NEAR:.0f} %",

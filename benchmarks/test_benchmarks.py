@@ -359,7 +359,7 @@ def test_share_is_decided_where_mace_is_done(monkeypatch):
     assert summary.share(done) == f"{100 * done['facet'] / done['mace']:.1f} %"
 
     falling = found([9, 6, 4, 2, 1, 1, 1, 0.97])[summary.FORCE]
-    assert summary.share(falling).startswith("not decided (")
+    assert summary.share(falling).endswith(" %, not decided")
     rising = [9, 6, 4, 2, 1, 3, 3, 3]
     assert found(rising)[summary.FORCE]["gain"] == 0, "stage one went on for long without a gain"
     assert found(rising, 4)[summary.FORCE]["gain"] == 0.75, "stage one was cut off"
@@ -415,24 +415,27 @@ def test_curve_of_facet_counts_what_training_takes_and_not_its_errors(tmp_path, 
     assert seen[0] == pytest.approx(wanted), "not the frames that MACE is validated on"
 
 
-def test_run_of_another_size_takes_the_place_of_that_of_its_seed():
+def test_run_takes_the_place_of_that_of_its_size_and_seed(monkeypatch):
     import accuracy
 
     def run(seed: int, error: float) -> dict:
-        errors = {summary.FORCE: error, "constant": {summary.FORCE: 9.0}}
-        about = ("parameters", "steps", "train_seconds", "cpu_seconds", "device", "hardware")
-        tests = {"Si, hot": errors, "Si, cold": errors}
-        return {"seed": seed, "tests": tests, **dict.fromkeys(about, 1)}
+        tests = {"AcAc, 600 K": {summary.FORCE: 2 * error, "constant": {summary.FORCE: 9.0}},
+                 "AcAc, 300 K": {summary.FORCE: error, "constant": {summary.FORCE: 9.0}}}
+        return {"seed": seed, "steps": 10 * seed, "tests": tests}
 
     table = {}
     for size, seed, error in (("small", 1, 0.5), ("small", 0, 0.4), ("large", 0, 0.2),
                               ("small", 1, 0.3)):
-        table = accuracy.with_run(table, size, "Si", run(seed, error))
-    found = [(row["size"], row["seed"], row["test"], row[summary.FORCE])
-             for row in common.rows(table)]
-    assert found == [
-        ("large", 0, "Si, hot", 0.2), ("large", 0, "Si, cold", 0.2), ("small", 0, "Si, hot", 0.4),
-        ("small", 0, "Si, cold", 0.4), ("small", 1, "Si, hot", 0.3), ("small", 1, "Si, cold", 0.3)]
+        table = accuracy.with_run(table, size, "AcAc", run(seed, error))
+    monkeypatch.setattr(summary, "read_results", lambda _: {"tests": table})
+    small = summary.trainings("small")
+    assert list(small) == ["AcAc, 300 K", "AcAc, 600 K"], "in the order of SETS"
+    assert small["AcAc, 300 K"][summary.FORCE] == [0.4, 0.3]
+    assert small["AcAc, 600 K"][summary.FORCE] == [0.8, 0.6]
+    assert small["AcAc, 600 K"]["steps"] == [0, 10] and small["AcAc, 600 K"]["seed"] == [0, 1]
+    assert small["AcAc, 300 K"]["constant"] == {summary.FORCE: [9.0, 9.0]}
+    assert summary.trainings("large")["AcAc, 300 K"][summary.FORCE] == [0.2]
+    assert summary.trainings() == {}
 
 
 # ─── The property table of other potentials ──────────────────────────────────────────────────────
