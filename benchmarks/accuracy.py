@@ -404,7 +404,8 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     commands = parser.add_subparsers(dest="command", required=True)
 
     one = commands.add_parser("defaults", allow_abbrev=False,
-                              help="Facet's test errors with default settings")
+                              help="Facet's test errors with default settings",
+                              epilog="Other options, as --device cuda, go on to train_small.py.")
     one.add_argument("--data", type=Path, required=True)
     one.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS)
     one.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2],
