@@ -466,9 +466,8 @@ def parse(arguments: list[str]) -> tuple[Settings, Path | None]:
         else:
             metavar = f.name.upper() if f.default == "" else "X"
             parser.add_argument(f"--{f.name}", metavar=metavar, type=type(f.default), help=text)
-    parser.add_argument("--size", choices=SIZES, help="of the model, with learning rates that suit "
-                        "it: small is trained in a minute or two, medium (the default) in ten, "
-                        "large in an hour")
+    parser.add_argument("--size", choices=SIZES, help="sets channels, groups, degree, lr and "
+                        "muon_lr, those that are not given (default medium)")
     parser.add_argument("--resume", type=Path, metavar="FOLDER",
                         help="go on with the run in this folder, with its own settings; of them "
                         f"only {', '.join(LATER)} can be changed")
@@ -476,8 +475,12 @@ def parse(arguments: list[str]) -> tuple[Settings, Path | None]:
     given = vars(parser.parse_args(arguments))
     resume = given.pop("resume", None)
     size = given.pop("size", None)
-    if size and (resume or "init" in given):
-        parser.error(f"--size {size}: a model that is there has its size; leave it out")
+    if size and resume:
+        parser.error("--size cannot be changed when a run goes on; begin a new run")
+    if size and "init" in given:
+        rates = [f"--{name} {x}" for name, x in SIZES[size].items() if "lr" in name]
+        parser.error(f"--size {size}: the model {given['init']} has its size; leave it out, and "
+                     f"give its rates: {' '.join(rates) or 'those of --help'}")
     given = {**SIZES[size or "medium"], **given}
     for name in ("train", "valid", "test"):
         if name in given:

@@ -173,7 +173,7 @@ def against_time(name: str, model: str = M64) -> dict[str, dict]:
     """For each error: MACE's best, when MACE and Facet are near it, and Facet's own best.
 
     Of Facet's trainings the one that is there first counts. gain: by what share MACE's best is
-    lower with the last quarter of the stage in which it lies than without.
+    lower with the last quarter of its epochs than without, until the end of the stage of its best.
     """
     content = read_results("accuracy")["against_time"][name]
     mace = content["mace"][model]

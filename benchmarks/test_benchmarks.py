@@ -115,6 +115,10 @@ def test_columns_are_rows_again():
     assert common.rows({}) == common.rows(common.columns([])) == []
 
 
+def test_spread_is_that_of_a_sample():
+    assert summary.spread([1.0, 3.0], 1) == "2.0 ± 1.4" and summary.spread([1.0], 2) == "1.00"
+
+
 def test_crossing_lies_between_two_trainings():
     facet = {"cpu_seconds": [100, 10, 1000], "error": [1.0, 10.0, 0.1]}
     assert summary.crossing(facet, "error", 20.0) == 10
@@ -327,14 +331,17 @@ def test_curve_of_a_gpu_takes_the_time_of_an_epoch_from_a_cpu(tmp_path):
 
     gpu = curve_file(tmp_path, "cuda", 1.0, [9.0, 5.0, 3.0, 2.0])
     cpu = curve_file(tmp_path, "cpu", 80.0, [9.0, 5.0, 3.0])
-    for paths in ([gpu, cpu], [cpu, gpu]):
+    (tmp_path / "slow").mkdir()
+    slow = curve_file(tmp_path / "slow", "cpu", 90.0, [9.0, 5.0, 3.0], hardware="a slow one")
+    for paths in ([gpu, cpu], [slow, cpu, gpu]):
         run = accuracy.mace_curves(paths)["Si", summary.M64]
         assert run["curve"]["cpu_seconds"] == [0, 80, 160, 240]
         assert run["curve"][summary.FORCE] == [9, 5, 3, 2]
         assert (run["hardware"], run["trained_on"]) == ("a cpu", "a cuda")
     with pytest.raises(SystemExit, match="no curve.json of a CPU"):
         accuracy.mace_curves([gpu])
-    for changes in ({"frames": [10, 0]}, {"threads": 2}, {"arguments": ["--device=cpu"]}):
+    for changes in ({"frames": [10, 0]}, {"threads": 2}, {"arguments": ["--device=cpu"]},
+                    {"arguments": ["--lr=1", "--batch_size=5", "--device=cpu"]}):
         cpu = curve_file(tmp_path, "cpu", 80.0, [9.0, 5.0, 3.0], **changes)
         with pytest.raises(SystemExit, match="not of the same training"):
             accuracy.mace_curves([gpu, cpu])
@@ -392,25 +399,28 @@ def test_curve_of_facet_counts_what_training_takes_and_not_its_errors(tmp_path, 
     settings = accuracy.nine_tenths(tmp_path, "cu")
     files, counts = accuracy.converted(tmp_path, "cu", tmp_path)
     assert counts == [18, 2] and len(ase.io.read(files["valid"], ":")) == 2
-    seen = []
+    seen, errors, moments = [], [], []
 
     def slow(model, frames, usual=evaluate.predict):
+        moments.append(time.process_time())
         seen.append(sorted(atoms.get_potential_energy() for atoms in frames))
-        end = time.process_time() + 0.1
-        while time.process_time() < end:
+        while time.process_time() < moments[-1] + 0.1:
             pass
-        return usual(model, frames)
+        found = usual(model, frames)
+        errors.append(evaluate.errors(found, frames)[summary.FORCE])
+        return found
 
     small = accuracy.replace(settings, channels=8, groups=2, degree=1, epochs=20)
     monkeypatch.setattr("tools.run.WATCHED", 1)
     monkeypatch.setattr(evaluate, "predict", slow)
-    before = time.process_time()
     run = accuracy.facet_curve(small, 0.5)
     curve = run["curve"]
     assert run["steps"] == curve["step"][-1] == 20 and len(curve["cpu_seconds"]) == 20
     assert (np.diff(curve["cpu_seconds"]) > 0).all()
-    spent = curve["cpu_seconds"][-1] - before
-    assert 0 < spent < time.process_time() - before - 19 * 0.1, "errors are counted"
+    counted = curve["cpu_seconds"][-1] - curve["cpu_seconds"][0]
+    assert counted < moments[19] - moments[0] - 19 * 0.1, "errors are counted"
+    assert curve["cpu_seconds"][0] > 0.9 * moments[0], "imports are not counted"
+    assert curve[summary.FORCE] == pytest.approx(errors[:20])
     wanted = sorted(atoms.info["REF_energy"] for atoms in ase.io.read(files["valid"], ":"))
     assert seen[0] == pytest.approx(wanted), "not the frames that MACE is validated on"
 

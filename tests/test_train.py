@@ -1610,8 +1610,8 @@ def test_old_results_are_never_overwritten(tmp_path):
     (["--test", "x"], "--test without --train"), (["--device", "cdua"], "no such device"),
     (["--resume", "a", "--lr", "1e-3"], "--lr cannot be changed"),
     (["--size", "huge"], "invalid choice: 'huge'"),
-    (["--size", "large", "--resume", "a"], "--size large: a model that is there has its size"),
-    (["--size", "medium", "--init", "a"], "--size medium: a model that is there has its size"),
+    (["--size", "large", "--resume", "a"], "--size cannot be changed"),
+    (["--size", "large", "--init", "a"], "leave it out, and give its rates: --lr 0.002 --muon_lr"),
 ), ids=" ".join)
 def test_wrong_command_gets_one_sentence(words, message, capsys):
     with pytest.raises(SystemExit) as error:
@@ -1692,12 +1692,15 @@ def test_command_line_gives_the_settings(tmp_path, capsys):
 
 def test_size_sets_what_is_not_given():
     parameters = []
+    rates = []
     for size, numbers in options.SIZES.items():
         s, _ = train_small.parse(["--size", size])
         assert s == train_small.Settings(**numbers)
         model = facet.Facet(s.config(("Si",)))
         parameters.append(sum(p.numel() for p in model.parameters()))
+        rates.append((s.lr, s.muon_lr))
     assert parameters == sorted(set(parameters)), "each is larger than the one before"
+    assert rates == sorted(set(rates), reverse=True), "and learns more slowly"
     assert train_small.parse([])[0] == train_small.parse(["--size", "medium"])[0]
     s, _ = train_small.parse(["--size", "large", "--degree", "1", "--lr", "0.1"])
     assert s == train_small.Settings(**{**options.SIZES["large"], "degree": 1, "lr": 0.1})
