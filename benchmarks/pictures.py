@@ -158,6 +158,7 @@ def paint_ablations(figure: Figure, results: dict) -> None:
         shown.sort(key=lambda v: points[v][1])
         if shown == ["default"]:
             axis.set_visible(False)
+            axes[i - 1, j].set_xlabel("training step (ms)")
             continue
         for variant, height in zip(shown, np.linspace(0, 1, len(shown)), strict=True):
             ms, error, spread = points[variant]
