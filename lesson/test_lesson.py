@@ -268,7 +268,7 @@ def test_names_in_pages_exist(page):
 @pytest.mark.parametrize("page", PAGES, ids=named)
 def test_options_in_pages_exist(page):
     """Of every script in a page's commands."""
-    settings = {*train_small.Settings.__dataclass_fields__, "resume", "help"}
+    settings = {*train_small.Settings.__dataclass_fields__, "resume", "size", "help"}
     command = (r"(?:python -m ((?:tools|tests)\.\w+)|(?:python |torchrun .*?)([\w./]+)\.py)"
                r"([^\n`|#]*)")
     for module, script, rest in re.findall(command, text_of(page)):

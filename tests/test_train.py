@@ -733,8 +733,8 @@ def test_losses_equal_those_by_hand():
     out["forces"][0, 1], out["forces"][2, 2] = 0.1, -4.0
     out["virial"][0, 0, 0], out["virial"][1] = 0.2, 100.0
     # Over atoms and a scale of 2: energies 0.005 and 1, forces 0.05 and 2, virial 0.05.
-    # Quadratic up to 0.1, for energies 0.01: x²/2β; beyond: x − β/2.
-    energy = (0.005 ** 2 / 0.02 + 1 - 0.005) / 2
+    # Quadratic up to 0.1, for energies 0.1/3.2 = 0.03125: x²/2β; beyond: x − β/2.
+    energy = (0.005 ** 2 / 0.0625 + 1 - 0.015625) / 2
     forces = (0.05 ** 2 / 0.2 + 2 - 0.05) / 9
     want = [energy, forces, (0.05 ** 2 / 0.2) / 9]
     found = train_small.losses(out, target, count, 2.0, 0.1)
