@@ -474,14 +474,6 @@ def parse(arguments: list[str]) -> tuple[Settings, Path | None]:
 
     given = vars(parser.parse_args(arguments))
     resume = given.pop("resume", None)
-    size = given.pop("size", None)
-    if size and resume:
-        parser.error("--size cannot be changed when a run goes on; begin a new run")
-    if size and "init" in given:
-        rates = [f"--{name} {x}" for name, x in SIZES[size].items() if "lr" in name]
-        parser.error(f"--size {size}: the model {given['init']} has its size; leave it out, and "
-                     f"give its rates: {' '.join(rates) or 'those of --help'}")
-    given = {**SIZES[size or "medium"], **given}
     for name in ("train", "valid", "test"):
         if name in given:
             given[name] = tuple(given[name])
@@ -491,6 +483,13 @@ def parse(arguments: list[str]) -> tuple[Settings, Path | None]:
         if wrong:
             parser.error(f"--{wrong[0]} cannot be changed when a run goes on; begin a new run")
         given = {**checkpoint(resume, Settings)["settings"], **given}
+    elif "size" in given:
+        size = given.pop("size")
+        if "init" in given:
+            rates = [f"--{name} {x}" for name, x in SIZES[size].items() if "lr" in name]
+            parser.error(f"--size {size}: the model {given['init']} has its size; leave it out, "
+                         f"and give its rates: {' '.join(rates) or 'those of --help'}")
+        given = {**SIZES[size], **given}
     try:
         if given.get("init") and not resume:
             given.update(taken_from(load_model(given["init"]).config, given["init"], given))

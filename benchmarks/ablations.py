@@ -261,20 +261,19 @@ class SparseTensorProduct(TensorProduct):
         M = (L + 1) ** 2
         G = self.G.view(-1, M, M)  # [J, m1, m2]
         order = []
-        self.blocks = []
-        for l1, l2 in product(range(L + 1), repeat=2):
+        self.pairs = list(product(range(L + 1), repeat=2))
+        for l1, l2 in self.pairs:
             block = G[:, facet.rows_of(l1), facet.rows_of(l2)].flatten(1)  # [J, m1 m2]
             outputs = block.abs().sum(1).nonzero()[:, 0]
             order.append(outputs)
             self.register_buffer(f"G{l1}{l2}", block[outputs], persistent=False)
-            self.blocks.append((l1, l2))
         self.register_buffer("back", torch.cat(order).argsort(), persistent=False)
         del self.G
 
     def coupled(self, u: Tensor, v: Tensor) -> Tensor:
         """[N, M, C] twice → [N, J, C]."""
         parts = []
-        for l1, l2 in self.blocks:
+        for l1, l2 in self.pairs:
             a = u[:, facet.rows_of(l1), None]  # [N, m1, 1, C]
             b = v[:, None, facet.rows_of(l2)]  # [N, 1, m2, C]
             parts.append(getattr(self, f"G{l1}{l2}") @ (a * b).flatten(1, 2))  # [N, rows, C]

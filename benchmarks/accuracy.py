@@ -4,7 +4,7 @@
     python benchmarks/accuracy.py defaults --data FOLDER --size small --seeds 0
     envs/mace/bin/python benchmarks/accuracy.py mace --data FOLDER --set Si --model 64 \\
         --epochs 48 --out runs/mace-Si-64                      # an hour and more
-    python benchmarks/accuracy.py time --data FOLDER --mace runs/mace-*/curve.json    # 20 minutes
+    python benchmarks/accuracy.py time --data FOLDER --mace runs/mace-*/curve.json    # 15 minutes
 
 FOLDER holds the data (SETS in common.py says under what names; JSON is converted by tools.database
 into runs/benchmarks): silicon and lithium of Zuo et al., J. Phys. Chem. A 124, 731 (2020),
@@ -12,12 +12,12 @@ github.com/materialsvirtuallab/mlearn; acetylacetone, trained at 300 K, of arXiv
 github.com/davkovacs/BOTNet-datasets; Nb, Mo, Ta, W and their alloys of npj Comput. Mater. 6, 70
 (2020), github.com/materialsvirtuallab/snap; a thousand frames of MPtrj drawn at random,
 github.com/microsoft/mattersim, ten parts by material; crystals of 15 elements in MPtrj's layout,
-labelled by SevenNet-0. Options that this script does not know go on to train_small.py.
+labelled by SevenNet-0.
 
 defaults    Whole trainings by train_small.py on the published training sets, validation off, the
             same settings for all sets, one thread, ended after 10 minutes at the latest. Settings
             were chosen on parts of the training sets. With --size small or large no clock ends
-            them.
+            them. Options that this script does not know go on to train_small.py.
 time        Facet while it trains, for parts of the steps that a training has by default: the errors
             at twenty points, on a tenth of the training set that train_small.py holds back. Counted
             against Facet is the processor time of the whole program but for those errors: imports,
@@ -165,8 +165,11 @@ def against_time(args: argparse.Namespace) -> None:
     """Facet's errors while it trains, beside MACE's; saved after each training."""
     content = read_results("accuracy")
     sets = content.setdefault("against_time", {})
-    for (name, model), run in mace_curves(args.mace).items():
-        sets.setdefault(name, {"facet": {}, "mace": {}})["mace"][model] = run
+    curves = mace_curves(args.mace)
+    for name in (*args.sets, *(name for name, _ in curves)):
+        sets.setdefault(name, {"facet": {}, "mace": {}})
+    for (name, model), run in curves.items():
+        sets[name]["mace"][model] = run
     for name in args.sets:
         data_files(args.data, name)  # converted once, and not at the expense of a training
 
@@ -179,7 +182,7 @@ def against_time(args: argparse.Namespace) -> None:
             if isinstance(run, str):  # the others go on, and are kept
                 failed.append(f"{name}, {share:g} of a training: {run}")
                 continue
-            sets.setdefault(name, {"facet": {}, "mace": {}})["facet"][f"{share:g}"] = run
+            sets[name]["facet"][f"{share:g}"] = run
             write_results("accuracy", {**read_results("accuracy"), "against_time": sets})
     write_results("accuracy", {**read_results("accuracy"), "against_time": sets})
     print("\n".join([*time_to_accuracy(), *failed]))

@@ -158,7 +158,6 @@ def paint_ablations(figure: Figure, results: dict) -> None:
         shown.sort(key=lambda v: points[v][1])
         if shown == ["default"]:
             axis.set_visible(False)
-            axes[i - 1, j].set_xlabel("training step (ms)")
             continue
         for variant, height in zip(shown, np.linspace(0, 1, len(shown)), strict=True):
             ms, error, spread = points[variant]
@@ -171,8 +170,9 @@ def paint_ablations(figure: Figure, results: dict) -> None:
             plain_numbers(side)
         if j == 0:
             axis.set_ylabel("force MAE (meV/Å)")
-        if i == len(groups) - 1:
-            axis.set_xlabel("training step (ms)")
+    for column in axes.T:
+        lowest = [axis for axis in column if axis.get_visible()][-1]
+        lowest.set_xlabel("training step (ms)")
     figure.suptitle("test error after training against time of a step")
 
 

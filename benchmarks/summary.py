@@ -169,14 +169,14 @@ def crossing(curve: dict, key: str, goal: float) -> float | None:
 NEAR = 0.02  # an error this much above the best is as good as it
 
 
-def against_time(name: str, model: str = M64) -> dict[str, dict]:
+def against_time(name: str) -> dict[str, dict]:
     """For each error: MACE's best, when MACE and Facet are near it, and Facet's own best.
 
     Of Facet's trainings the one that is there first counts. gain: by what share MACE's best is
     lower with the last quarter of its epochs than without, until the end of the stage of its best.
     """
     content = read_results("accuracy")["against_time"][name]
-    mace = content["mace"][model]
+    mace = content["mace"][M64]
     curve = mace["curve"]
     (word,) = [word for word in mace["arguments"] if word.startswith("--start_swa=")]
     second = int(word.partition("=")[2])  # epoch at which stage two begins

@@ -29,7 +29,7 @@ MODEL = {  # the fields of facet.Config that are chosen; Config has their defaul
     "activation": "of the grid layer: product or silu",
 }
 
-SIZES = {  # what --size sets, each unless it is given; medium is the default of everything
+SIZES = {  # what --size sets where it is not given; medium: nothing, the defaults stay
     "small": {"channels": 16, "groups": 4, "degree": 1, "lr": 1e-2, "muon_lr": 2e-2},
     "medium": {},
     "large": {"channels": 64, "groups": 16, "degree": 3, "lr": 2e-3, "muon_lr": 4e-3},
